@@ -1,0 +1,34 @@
+# The virtual environment is made on first use, and again when pyproject.toml changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(READY)            ## the whole job on the tiny base, into demo/
+	rm -rf demo
+	$(BIN)/etherdiff demo --output demo
+
+test: $(READY) lint       ## style, types and the quick tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY) lint   ## the slow proofs as well
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)           ## what an adapter costs, beside its peers (about 15 minutes on 2 cores)
+	$(BIN)/python benchmarks/adapter_step.py --json benchmarks/adapter_step.json
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info

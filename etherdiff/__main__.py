@@ -1,0 +1,5 @@
+"""`python -m etherdiff`."""
+
+from etherdiff.cli import main
+
+main()

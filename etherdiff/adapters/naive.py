@@ -1,0 +1,66 @@
+"""The paper's "Naive" baseline (section 5): a multiplicative block-diagonal matrix without any constraint."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from etherdiff.adapters.tuner import BlocksConfig, UpdateLayer, UpdateTuner, register
+
+
+class NaiveType(str, Enum):  # noqa: UP042  PEFT writes and reads the plain string
+    NAIVE = "NAIVE"
+
+
+@dataclass
+class NaiveConfig(BlocksConfig):
+    """W' = W N with N block-diagonal, initialised as the identity; in²/blocks trainable parameters per layer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = NaiveType.NAIVE
+
+
+class NaiveLayer(UpdateLayer):
+    """y = W N x + b; `naive_matrix` is (blocks, in/blocks, in/blocks), float32."""
+
+    adapter_layer_names = ("naive_matrix",)
+    naive_matrix: nn.ParameterDict
+
+    def new_parameters(self, config: NaiveConfig) -> dict[str, Tensor]:
+        size = self.in_features // config.blocks
+        return {"naive_matrix": torch.eye(size).repeat(config.blocks, 1, 1)}
+
+    def _departure(self, adapter: str) -> Tensor:
+        """N - I, (blocks, in/blocks, in/blocks)."""
+        matrix = self.naive_matrix[adapter]
+        return matrix - torch.eye(matrix.shape[-1], device=matrix.device)
+
+    def update_matrices(self, adapter: str, weight: Tensor) -> tuple[Tensor, ...]:
+        departure = self._departure(adapter)
+        blocks = weight.reshape(len(weight), len(departure), -1).transpose(0, 1)
+        return ((blocks @ departure).transpose(0, 1).reshape(weight.shape),)
+
+    def forward_with(self, active: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # the updates act on the input, so their sum costs one product with W however many are active
+        moved = x
+        for name in active:
+            departure = self._departure(name).to(x.dtype)
+            update_input = F.dropout(x, self.dropout_probability[name], self.training)
+            update_input = update_input.reshape(*x.shape[:-1], *departure.shape[:2])
+            update = torch.einsum("...nj,nij->...ni", update_input, departure).reshape(x.shape)
+            moved = moved + self.scale[name] * update.to(x.dtype)
+        return self.base_layer(moved, *args, **kwargs)
+
+
+class NaiveModel(UpdateTuner):
+    """The tuner PEFT finds for `NaiveConfig`."""
+
+    prefix = "naive_"
+    tuner_layer_cls = NaiveLayer
+
+
+register(NaiveType.NAIVE, NaiveModel.prefix, NaiveConfig, NaiveModel)

@@ -1,0 +1,304 @@
+"""The command line: parse, call, print. Nothing heavy is imported before a command runs."""
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional, get_args, get_origin
+
+import typer
+
+from etherdiff import __version__
+from etherdiff.errors import ProofError, UserError
+
+app = typer.Typer(
+    name="etherdiff",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Fine-tune Stable Diffusion with ETHER and ETHER+, and take the result to other tools.\n\n"
+    "Start with [bold]etherdiff demo[/bold], or on your own photos:\n\n"
+    "  etherdiff train-dreambooth --subject photos/ --class-noun dog --output runs/dog\n\n"
+    "  etherdiff generate --run runs/dog --prompt 'a photo of sks dog on the beach' --output pictures",
+)
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
+PANELS = {  # the option that opens each panel of a training command's help
+    "base": "Model and method",
+    "steps": "Optimization",
+    "mixed_precision": "Machine and randomness",
+    "checkpoint_every": "Along the way",
+    "subject": "Subject and images",
+}
+
+
+def training_command(config_class: type, description: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for every field of a configuration class, its help being the field's description.
+
+    Values stay text: the configuration checks them, so that all mistakes come in one message.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(function).parameters.values() if p.name != "flags"]
+        options, panel = [], ""
+        for name, field in config_class.model_fields.items():  # type: ignore[attr-defined]
+            panel = PANELS.get(name, panel)
+            annotation = Annotated[_option_type(field), _option(name, field, panel)]  # type: ignore[valid-type]
+            options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+
+        def command(**given: Any) -> None:
+            mine = {p.name: given.pop(p.name) for p in own}
+            function(**mine, flags=given)
+
+        keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        command.__signature__ = inspect.Signature([*keyword_only, *options])  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in [*keyword_only, *options]}
+        command.__doc__ = description
+        return command
+
+    return decorate
+
+
+def _option_type(field: Any) -> Any:
+    if field.annotation is bool:
+        return Optional[bool]  # noqa: UP045  typer reads this form on every version
+    return Optional[list[str]] if _is_list(field.annotation) else Optional[str]  # noqa: UP045
+
+
+def _is_list(annotation: Any) -> bool:
+    return any(get_origin(part) is tuple for part in (annotation, *get_args(annotation)))
+
+
+def _option(name: str, field: Any, panel: str) -> Any:
+    flag = "--" + name.replace("_", "-")
+    names = [f"{flag}/--no-{name.replace('_', '-')}"] if field.annotation is bool else [flag]
+    said = field.description
+    if not field.is_required() and field.default is not None and field.annotation is not bool:
+        said += f" [default: {field.default}]"
+    if field.annotation is bool and field.default:
+        said += " [default: on]"
+    said = said.replace("[", "\\[")  # not markup
+    return typer.Option(*names, help=said, metavar=_metavar(field.annotation), rich_help_panel=panel, show_default=False)
+
+
+def _metavar(annotation: Any) -> str | None:
+    if annotation is bool:
+        return None
+    parts = [part for part in (get_args(annotation) or (annotation,)) if part is not type(None)]
+    literals = [value for value in parts if isinstance(value, str)] or list(get_args(parts[0]))
+    if literals and all(isinstance(value, str) for value in literals):
+        return "|".join(literals) if len("|".join(literals)) < 30 else "NAME"
+    return {int: "N", float: "X", Path: "PATH"}.get(parts[0], "TEXT")
+
+
+def _read_config(config_class: type, config: Path | None, settings: list[str] | None, flags: dict[str, Any]) -> Any:
+    from etherdiff.config import read_config
+
+    return read_config(config_class, config, settings or [], flags)
+
+
+def _dreambooth_config() -> type:
+    from etherdiff.config import DreamBoothConfig
+
+    return DreamBoothConfig
+
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="recipe: a YAML file of options (a run's run.yaml is one)")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="one option over the recipe's")]
+
+
+@app.command("train-dreambooth", rich_help_panel="Train")
+@training_command(
+    _dreambooth_config(),
+    "Teach the base one subject from a few photos (DreamBooth), with an adapter of a few hundred kilobytes.",
+)
+def train_dreambooth(config: ConfigOption = None, settings: SetOption = None, *, flags: dict[str, Any]) -> None:
+    """See `training_command`."""
+    settled = _read_config(_dreambooth_config(), config, settings, flags)
+    if settled.dry_run:
+        from etherdiff.dryrun import dry_run
+
+        dry_run(settled)
+        return
+    from etherdiff import run
+
+    _say_next(run.train_dreambooth(settled))
+
+
+@app.command(rich_help_panel="Train")
+def resume(
+    run: RunArgument,
+    steps: Annotated[int | None, typer.Option(min=1, help="go on to this many steps in all")] = None,
+) -> None:
+    """Go on with a run that was stopped, from its newest whole checkpoint; or extend a finished one with --steps."""
+    from etherdiff.run import resume as resume_run
+
+    _say_next(resume_run(run, steps))
+
+
+@app.command(rich_help_panel="Use the result")
+def generate(
+    output: Annotated[Path, typer.Option(help="folder for the images")],
+    run: Annotated[Path | None, typer.Option(help="run folder: its base and its adapter")] = None,
+    base: Annotated[str | None, typer.Option(help="without a run: sd15, sd21, tiny, hub id, folder, .safetensors")] = None,
+    adapter: Annotated[list[Path] | None, typer.Option(help="adapter folder for --base; repeat to add several up")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="what to draw; repeat for several")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="text file with a prompt per line")] = None,
+    num: Annotated[int, typer.Option(help="images per prompt")] = 4,
+    batch_size: Annotated[int, typer.Option(help="images drawn at once")] = 4,
+    seed: Annotated[int, typer.Option(help="seed of the first image; the next ones count up")] = 0,
+    steps: Annotated[int, typer.Option(help="denoising steps (DPM-Solver++)")] = 25,
+    guidance_scale: Annotated[float, typer.Option(help="strength of the prompt")] = 7.5,
+    negative_prompt: Annotated[str, typer.Option(help="what to steer away from")] = "",
+    resolution: Annotated[int | None, typer.Option(help="side in pixels [default: the base's]".replace("[", "\\["))] = None,
+    scale: Annotated[float, typer.Option(help="multiplies the adapter's update; 0 is the base")] = 1.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps")] = "auto",
+    offload: Annotated[bool, typer.Option(help="keep on the GPU only what computes just now")] = False,
+) -> None:
+    """Draw images of prompts with a run's adapter (or any adapters on a base), each with its settings inside."""
+    from etherdiff import generate as g
+
+    if (run is None) == (base is None):
+        raise UserError("give either --run, or --base (with --adapter)")
+    if run is not None and adapter:
+        raise UserError("--adapter goes with --base; a run brings its own")
+    wanted = [*(prompt or []), *(g.read_prompts(prompts) if prompts else [])]
+    options = g.GenerateOptions(
+        list(dict.fromkeys(wanted)),
+        output,
+        num,
+        batch_size,
+        seed,
+        steps,
+        guidance_scale,
+        negative_prompt,
+        resolution,
+        scale,
+        device,
+        offload,
+    )
+    source = g.run_source(run) if run is not None else g.Source(g.find_base(str(base)), adapter or [])
+    g.notice(source.base)
+    g.generate(source, options)
+
+
+@app.command(rich_help_panel="Use the result")
+def merge(
+    run: RunArgument,
+    output: Annotated[Path, typer.Option(help="folder for the pipeline; must be empty or not exist")],
+    scale: Annotated[float, typer.Option(help="multiplies the adapter's update")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="precision of the UNet: fp32, fp16 or bf16")] = "fp32",
+    single_file: Annotated[
+        Path | None, typer.Option(help="also write one .safetensors checkpoint, for WebUI and ComfyUI")
+    ] = None,
+) -> None:
+    """Fold the adapter into the base: a plain diffusers pipeline, checked by opening it with plain diffusers."""
+    from etherdiff.export import merge_to_folder, parse_dtype
+    from etherdiff.generate import run_source
+    from etherdiff.ui import say, warn
+
+    precision = parse_dtype(dtype)
+    source = run_source(run, "everything")
+    adapters = [(path, scale) for path in source.adapters]
+    proof = merge_to_folder(source.base, adapters, output, precision, single_file)
+    if proof["same_base"] is False:
+        warn("the base's weights are not those that the adapter was trained on")
+    if proof["left_out"]:
+        warn(f"left out, since the base does not hold them whole: {', '.join(proof['left_out'])}")
+    say(f"{output}: reopened with plain diffusers; largest difference {proof['max_abs_difference']:.1e}")
+    if single_file is not None:
+        say(f"{single_file}: the same as one file")
+
+
+@app.command(rich_help_panel="Use the result")
+def export(
+    run: RunArgument,
+    output: Annotated[Path, typer.Option(help="file (.safetensors) or folder to write")],
+    format: Annotated[str, typer.Option(help="lora (diffusers), kohya (WebUI, ComfyUI, sd-scripts) or peft")] = "lora",  # noqa: A002
+    scale: Annotated[float, typer.Option(help="multiplies the adapter's update")] = 1.0,
+) -> None:
+    """Write the adapter for another tool. A LoRA of ETHER is exact (rank 1; ETHER+: 4), but only on its own base."""
+    from etherdiff.export import export_adapter, parse_format
+    from etherdiff.generate import run_source
+    from etherdiff.ui import say
+
+    source = run_source(run)
+    result = export_adapter(source.base, source.adapters[0], output, parse_format(format), scale)
+    proof = f", rank {result['rank']}, loaded back and compared" if "rank" in result else ""
+    say(f"{result['path']}: {format}{proof}")
+
+
+@app.command("inspect", rich_help_panel="Look before")
+def inspect_command(
+    base: Annotated[str, typer.Option(help="sd15, sd21, tiny, hub id, folder or .safetensors; weights are not read")] = "sd15",
+    task: Annotated[str, typer.Option(help="dreambooth or s2i")] = "dreambooth",
+    method: Annotated[list[str] | None, typer.Option(help="only these methods; repeat for several")] = None,
+    targets: Annotated[str | None, typer.Option(help="other layers than the task's usual ones")] = None,
+    blocks: Annotated[int | None, typer.Option(help="diagonal blocks, for the methods that have them")] = None,
+    rank: Annotated[int | None, typer.Option(help="rank, for the methods that have one")] = None,
+    resolution: Annotated[int | None, typer.Option(help="side in pixels that FLOPs and memory are counted at")] = None,
+    batch_size: Annotated[int, typer.Option(help="images that FLOPs and memory are counted for")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Count what each method would train on a base: layers, parameters, size on disk, FLOPs and memory of a step."""
+    from etherdiff.inspection import inspect_base, render_inspection
+
+    result = inspect_base(base, task, method, targets, blocks=blocks, rank=rank, resolution=resolution, batch_size=batch_size)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(render_inspection(result))
+
+
+@app.command(rich_help_panel="Look before")
+def demo(output: Annotated[Path, typer.Option(help="folder for everything the demo makes")] = Path("demo")) -> None:
+    """Run the whole job on the tiny base in a minute or two: train, sample, generate, merge, export."""
+    from etherdiff.demo import run_demo
+
+    run_demo(output)
+
+
+def _say_next(run: Path) -> None:
+    from etherdiff.ui import say
+
+    say(f"\n{run}: done. Next:")
+    say(f"  etherdiff generate --run {run} --prompt '…' --output pictures")
+    say(f"  etherdiff merge {run} --output merged        # a plain diffusers pipeline")
+    say(f"  etherdiff export {run} --format kohya --output adapter.safetensors")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"etherdiff {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+def main() -> None:
+    """The program: status 0 done, 1 it ran and failed, 2 what the user gave is wrong."""
+    try:
+        app()
+    except UserError as error:
+        for problem in error.problems if os.environ.get("RANK", "0") == "0" else ():  # once under torchrun
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except ProofError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""What a run can be told: every option with its unit and default, read from a recipe, --set and flags.
+
+The descriptions below are the command line's help.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from etherdiff.errors import UserError
+
+MethodName = Literal["ether", "ether+", "ether+one-sided", "lora", "oft", "naive", "boft", "hra", "vera", "full"]
+TargetName = Literal["attention", "attention+geglu", "attention+feedforward"]
+METHOD_NAMES: tuple[str, ...] = get_args(MethodName)
+TARGET_NAMES: tuple[str, ...] = get_args(TargetName)
+NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, TypeError)  # all raised by PyYAML
+MAX_RECIPE_BYTES = 1_000_000
+C = TypeVar("C", bound="TrainConfig")
+
+
+class TrainConfig(BaseModel):
+    """What every training task has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    base: str = Field("sd15", description="Stable Diffusion 1.x/2.x: sd15, sd21, tiny, hub id, folder or .safetensors")
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="what the base predicts [default: as its scheduler says; a 2.x single file: v_prediction]"
+    )
+    output: Path | None = Field(None, description="run folder to create [default: runs/SUBJECT-METHOD]")
+    method: MethodName = Field("ether+", description=f"how to fine-tune: {', '.join(METHOD_NAMES)}")
+    targets: TargetName = Field("attention", description=f"linear layers of the UNet to adapt: {', '.join(TARGET_NAMES)}")
+    blocks: int | None = Field(None, ge=1, description="diagonal blocks n [default: 1 for ether, 4 for oft and naive]")
+    rank: int | None = Field(None, ge=1, description="rank of lora (4), hra (8) and vera (256)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping an input of the adapter's update")
+
+    steps: int = Field(1200, ge=1, description="optimizer steps")
+    learning_rate: float | None = Field(None, gt=0, description="peak learning rate [default: the method's in the paper]")
+    lr_schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="course of the learning rate")
+    warmup_steps: int = Field(0, ge=0, description="optimizer steps over which the learning rate rises from 0")
+    batch_size: int = Field(1, ge=1, description="images per process and forward pass, class images not counted")
+    gradient_accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
+    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit needs etherdiff[8bit] and a GPU")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of Adam's first moment")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of Adam's second moment")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR loss weighting, usually 5 [default: off]")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the adapter, saved as the result")
+    caption_dropout: float = Field(0.0, ge=0, lt=1, description="probability of training on the empty prompt")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="precision of the frozen model and autocast")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: about half the memory, a third slower")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to compute")
+    seed: int = Field(0, ge=0, lt=2**63, description="everything random follows from it")
+
+    checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
+    eval_every: int = Field(200, ge=1, description="steps between validation losses (fixed noise and timesteps)")
+    sample_every: int | None = Field(None, ge=1, description="steps between sample images [default: none]")
+    sample_prompts: tuple[str, ...] | None = Field(None, description="what to sample; repeat for several")
+    sample_count: int = Field(4, ge=1, description="sample images per prompt")
+    tracker: Literal["tensorboard", "wandb", "none"] = Field("tensorboard", description="where curves are logged")
+    overwrite: bool = Field(False, description="replace an existing run folder")
+    dry_run: bool = Field(False, description="check everything, print size, memory and time, and stop")
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_no_boolean(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads a bare `no` so
+
+
+class DreamBoothConfig(TrainConfig):
+    """Subject-driven fine-tuning (Ruiz et al. 2023; protocol of the ETHER paper, section 5.1)."""
+
+    subject: str = Field(description="folder of images, or a subject's name under the data root or in google/dreambooth")
+    data_root: Path | None = Field(None, description="folder that holds dreambooth/NAME [default: $ETHERDIFF_DATA]")
+    identifier: str = Field("sks", min_length=1, description="the word that comes to mean the subject")
+    class_noun: str | None = Field(None, min_length=1, description="what the subject is [default: DreamBooth's own noun]")
+    prior_preservation: bool = Field(True, description="train on images of the class as well, so that it is not forgotten")
+    prior_weight: float = Field(1.0, gt=0, description="weight of the class images' loss")
+    class_images: int | None = Field(
+        None,
+        ge=1,
+        description="images of the class; the base generates and caches them [default: 200 as the paper, 20 for tiny]",
+    )
+    class_sampling_steps: int = Field(25, ge=1, description="denoising steps per class image (DPM-Solver++, guidance 7.5)")
+    resolution: int | None = Field(None, ge=1, description="side of the training images in pixels [default: the base's]")
+    crop: Literal["center", "random"] = Field("center", description="window cut from images that are not square")
+    cached_crops: int = Field(8, ge=1, description="random crops per image that are drawn from")
+    flip: bool = Field(False, description="mirror half of the samples")
+    skip_bad: bool = Field(False, description="leave unreadable images out instead of stopping")
+
+    @field_validator("subject")
+    @classmethod
+    def _subject_is_named(cls, subject: str) -> str:
+        if not subject.strip():
+            raise ValueError("must not be empty")
+        return subject
+
+    @property
+    def crops_per_image(self) -> int:
+        """How many windows of each image are encoded."""
+        return self.cached_crops if self.crop == "random" else 1
+
+
+def read_config(cls: type[C], recipe: Path | None, settings: list[str], flags: dict[str, Any]) -> C:
+    """The configuration from a recipe file, `key=value` settings and flags, the later winning.
+
+    Raises one UserError with everything that is wrong with them.
+    """
+    values = {} if recipe is None else _read_recipe(recipe)
+    problems = []
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator:
+            problems.append(f"--set {setting}: write it as key=value")
+            continue
+        values[key.strip()] = _yaml_value(text)
+    values |= {key: value for key, value in flags.items() if value is not None}
+    try:
+        config = cls.model_validate(values)
+    except ValidationError as error:
+        raise UserError(problems + [_explain(cls, detail) for detail in error.errors()]) from None
+    if problems:
+        raise UserError(problems)
+    return config
+
+
+def load_run_config(cls: type[C], settings: dict[str, Any]) -> C:
+    """The configuration a run folder recorded."""
+    try:
+        return cls.model_validate(settings)
+    except ValidationError as error:
+        raise UserError([_explain(cls, detail) for detail in error.errors()]) from None
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise UserError(f"{path}: too large for a recipe ({path.stat().st_size:,} bytes)")
+        content = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such recipe file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    except NOT_YAML as error:
+        raise UserError(f"{path}: is not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path}: a recipe is a list of `key: value` lines")
+    content.pop("provenance", None)  # a run folder's run.yaml is a recipe too
+    return content
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases (a few lines of them expand to gigabytes) and without repeated keys (the first would be lost)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases (*name) are not allowed{self.peek_event().start_mark}")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        repeated = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if repeated:
+            raise yaml.YAMLError(f"{', '.join(repeated)} given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+def _yaml_value(text: str) -> Any:
+    try:
+        return yaml.load(text, _PlainLoader)
+    except NOT_YAML:
+        return text
+
+
+def _explain(cls: type[BaseModel], detail: Any) -> str:
+    """One pydantic error in the words of our options."""
+    name = ".".join(str(part) for part in detail["loc"])
+    given = detail.get("input")
+    if detail["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name.replace("-", "_"), cls.model_fields, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f" (there are: {', '.join(sorted(cls.model_fields))})"
+        return f"{name}: there is no such option{hint}"
+    if detail["type"] == "missing":
+        return f"{name}: is needed ({cls.model_fields[name].description})"
+    message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return f"{name}: {message}, not {_short(given)}"
+
+
+def _short(value: Any, length: int = 80) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "that"
+    return text if len(text) <= length else f"{text[:length]}…"

@@ -1,0 +1,26 @@
+"""Where to compute, and in which precision."""
+
+import torch
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""What each --mixed-precision keeps the frozen model in."""
+
+
+def resolve_device(name: str) -> str:
+    """The device asked for; for `auto` the first of cuda, mps and cpu that torch can use."""
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def device_problem(name: str) -> str | None:
+    """Why this machine cannot compute there, and what would do."""
+    if name == "cuda" and not torch.cuda.is_available():
+        return "device: there is no CUDA GPU that torch can use; try --device auto"
+    if name == "mps" and not torch.backends.mps.is_available():
+        return "device: torch cannot use MPS on this machine; try --device auto"
+    if name not in ("auto", "cpu", "cuda", "mps"):
+        return f"device: must be auto, cpu, cuda or mps, not {name!r}"
+    return None

@@ -1,0 +1,44 @@
+"""Tensors computed once, kept in files named after everything that determines them."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from etherdiff.files import save_tensors
+from etherdiff.paths import cache_dir
+
+Tensors = dict[str, Tensor]
+
+
+def digest(key: dict[str, Any]) -> str:
+    """A name for a JSON-able key: equal keys get equal names."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def cached(kind: str, key: dict[str, Any], compute: Callable[[], Tensors]) -> Tensors:
+    """The tensors of `compute()`, from the cache if they are there whole and were made from the same key."""
+    path = cache_dir() / kind / f"{digest(key)}.safetensors"
+    found = _read(path, key)
+    if found is not None:
+        return found
+    tensors = {name: tensor.contiguous() for name, tensor in compute().items()}  # as they will be read back
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(tensors, path, {"key": json.dumps(key)})
+    return tensors
+
+
+def _read(path: Path, key: dict[str, Any]) -> Tensors | None:
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            if json.loads((file.metadata() or {}).get("key", "null")) != json.loads(json.dumps(key)):
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except (SafetensorError, OSError, ValueError):
+        return None  # a torn file is as good as none

@@ -1,0 +1,138 @@
+"""The training loop: optimizer steps over a task, knowing nothing of what the task is."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from etherdiff.config import TrainConfig
+from etherdiff.devices import resolve_device
+from etherdiff.train.randomness import Draw, integer
+
+Batch = dict[str, Tensor]
+Loader = Callable[[int], list[Batch]]
+"""This process's micro-batches of an optimizer step, `gradient_accumulation` of them, on the CPU."""
+OnStep = Callable[["TrainingState", float], None]
+"""Called after each optimizer step with the mean loss of the whole batch over all processes."""
+
+
+@dataclass
+class TrainingState:
+    """Everything a checkpoint has to hold; `step` counts finished optimizer steps."""
+
+    task: nn.Module
+    optimizer: Any
+    lr_scheduler: Any
+    ema: EMAModel | None
+    parameters: dict[str, nn.Parameter]
+    """The trainable ones, by their names in the task; EMA and optimizer keep their order."""
+    step: int = 0
+    learning_rate: float = 0.0
+    """What the last optimizer step used."""
+
+
+def make_accelerator(config: TrainConfig, logs: Path) -> Accelerator:
+    """One process, or this process's part of a torchrun or accelerate launch; the tracker writes into `logs`."""
+    AcceleratorState._reset_state()  # it keeps the first run's precision for the whole process
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=logs,
+        cpu=resolve_device(config.device) == "cpu",  # without it accelerate ignores torchrun on a CPU
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation, sync_with_dataloader=False
+        ),
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise RuntimeError(f"{launched} processes were launched, but accelerate joins {accelerator.num_processes}")
+    return accelerator
+
+
+def prepare_training(task: nn.Module, config: TrainConfig, accelerator: Accelerator) -> TrainingState:
+    """Optimizer, schedule and moving average for the task's trainable parameters; the task moves to its device."""
+    parameters = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+    optimizer = _optimizer_class(config)(
+        parameters.values(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+    )
+    # not prepared by accelerate, which would step it once per process: the schedule counts optimizer steps
+    lr_scheduler = get_scheduler(
+        config.lr_schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps
+    )
+    task, optimizer = accelerator.prepare(task, optimizer)
+    ema = EMAModel(parameters.values(), decay=config.ema_decay) if config.ema_decay else None
+    if ema is not None:
+        ema.to(accelerator.device)
+    return TrainingState(task, optimizer, lr_scheduler, ema, parameters)
+
+
+def fit(state: TrainingState, loader: Loader, config: TrainConfig, accelerator: Accelerator, on_step: OnStep) -> None:
+    """Train from `state.step` to `config.steps`."""
+    state.task.train()
+    while state.step < config.steps:
+        loss = optimizer_step(state, loader(state.step), config, accelerator)
+        state.step += 1
+        on_step(state, loss)
+
+
+def optimizer_step(state: TrainingState, batches: list[Batch], config: TrainConfig, accelerator: Accelerator) -> float:
+    """One update from the micro-batches' mean gradient; returns their mean loss over all processes."""
+    losses = []
+    for part, batch in enumerate(batches):
+        with accelerator.accumulate(state.task), _dropout_randomness(config, state.step, part, accelerator):
+            with accelerator.autocast():
+                loss = state.task(on_device(batch, accelerator))
+            accelerator.backward(loss)
+            losses.append(loss.detach())
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(state.parameters.values(), config.max_grad_norm)
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+    state.learning_rate = state.lr_scheduler.get_last_lr()[0]
+    state.lr_scheduler.step()
+    if state.ema is not None:
+        state.ema.step(state.parameters.values())
+    return float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
+
+
+@contextmanager
+def _dropout_randomness(config: TrainConfig, step: int, part: int, accelerator: Accelerator) -> Iterator[None]:
+    """An adapter's dropout draws from torch's own generator: make that a function of the step and the place as well."""
+    if not config.dropout:
+        yield
+        return
+    slot = part * accelerator.num_processes + accelerator.process_index
+    with torch.random.fork_rng():
+        torch.manual_seed(integer(2**63, config.seed, Draw.DROPOUT, step, slot))
+        yield
+
+
+def on_device(batch: Batch, accelerator: Accelerator) -> Batch:
+    """The batch where this process computes."""
+    return {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _optimizer_class(config: TrainConfig) -> Any:
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit
+
+
+def optimizer_state_bytes(config: TrainConfig) -> int:
+    """Bytes that the optimizer keeps per trainable parameter: two moments."""
+    return 8 if config.optimizer == "adamw" else 2

@@ -1,0 +1,62 @@
+"""What a person sees while something runs: messages and progress bars on stderr, so that stdout stays for results."""
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+console = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def quiet_libraries() -> None:
+    """Keep diffusers' and transformers' own bars and advice off the screen; their errors still raise."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all of a torchrun or accelerate launch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(message: str, style: str = "") -> None:
+    """A line for the user; once, however many processes run. Brackets in it are only brackets."""
+    if is_main_process():
+        console.print(message, style=style, markup=False)
+
+
+def warn(message: str) -> None:
+    """A line about something the user should look at."""
+    say(f"warning: {message}", style="yellow")
+
+
+def progress_bar() -> Progress:
+    """A bar with counts, elapsed and remaining time; silent in all processes but the first."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not is_main_process(),
+    )
+
+
+def track(items: Sequence[T], description: str) -> Iterable[T]:
+    """The items, with a progress bar while they are worked on."""
+    with progress_bar() as bar:
+        task = bar.add_task(description, total=len(items), note="")
+        for item in items:
+            yield item
+            bar.advance(task)

@@ -1,0 +1,26 @@
+"""What every test shares: a cache of its own, so that nothing is read from or left on the machine."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# one thread per test process: the tiny models are too small for more, and idle threads spin
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    os.environ["ETHERDIFF_CACHE"] = str(tmp_path_factory.mktemp("etherdiff-cache"))
+    os.environ.pop("ETHERDIFF_DATA", None)
+
+
+@pytest.fixture
+def dreambooth_data() -> Path:
+    """The real photos, where they are at hand: ETHERDIFF_TEST_DATA, else shared/data beside or inside the checkout."""
+    here = Path(__file__).resolve().parents[1]
+    named = os.environ.get("ETHERDIFF_TEST_DATA")
+    for root in [Path(named)] if named else [here.parent / "shared/data", here / "shared/data"]:
+        if (root / "dreambooth/dog").is_dir():
+            return root
+    pytest.skip("the DreamBooth photos are not here: set ETHERDIFF_TEST_DATA to a folder that holds dreambooth/dog")

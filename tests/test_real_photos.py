@@ -1,0 +1,36 @@
+"""The main job on the real DreamBooth photos, found by the subject's name under a data root."""
+
+import pytest
+import yaml
+from PIL import Image
+
+from etherdiff.config import DreamBoothConfig
+from etherdiff.generate import GenerateOptions, generate, run_source
+from etherdiff.run import train_dreambooth
+from etherdiff.train.plan import plan_dreambooth
+
+NOUNS = {"backpack": "backpack", "cat": "cat", "dog": "dog", "rc_car": "toy", "teapot": "teapot"}
+
+
+def config(subject, data_root, output, **options):
+    settings = {"steps": 2, "class_images": 2, "class_sampling_steps": 2, "tracker": "none", "flip": True, "crop": "random"}
+    return DreamBoothConfig(base="tiny", subject=subject, data_root=data_root, output=output, **(settings | options))
+
+
+@pytest.mark.parametrize("subject", NOUNS)
+def test_every_subject_is_found_with_its_noun(dreambooth_data, tmp_path, subject):
+    plan = plan_dreambooth(config(subject, dreambooth_data, tmp_path / "run"))
+    assert plan.subject_prompt == f"a photo of sks {NOUNS[subject]}"
+    assert plan.class_prompt == f"a photo of {NOUNS[subject]}"
+    files = sorted((dreambooth_data / "dreambooth" / subject).glob("*.jpg"))
+    assert len(plan.images) == len(files)
+    assert all(image.mode == "RGB" and min(image.size) >= 256 for image in plan.images)
+
+
+def test_from_the_photos_of_a_dog_to_a_picture(dreambooth_data, tmp_path):
+    run = train_dreambooth(config("dog", dreambooth_data, tmp_path / "run"))
+    recorded = yaml.safe_load((run / "run.yaml").read_text())
+    assert recorded["class_noun"] == "dog"
+    assert recorded["provenance"]["subject_prompt"] == "a photo of sks dog"
+    sheet = generate(run_source(run), GenerateOptions(["a photo of sks dog in the snow"], tmp_path / "out", num=2, steps=2))
+    assert Image.open(sheet).width > 2 * 64
