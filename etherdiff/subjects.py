@@ -1,4 +1,4 @@
-"""The subjects to learn: DreamBooth's 30 with their class nouns and prompts, and any folder of images."""
+"""The subjects to learn: DreamBooth's 30 with their class nouns and prompts, the tiny world's, and any folder of images."""
 
 import difflib
 from collections import Counter
@@ -8,6 +8,9 @@ from pathlib import Path
 
 from etherdiff.errors import UserError
 from etherdiff.images import IMAGE_SUFFIXES, list_images
+from etherdiff.tiny.dreambooth import PROMPTS as TINY_PROMPTS
+from etherdiff.tiny.dreambooth import subject_folder
+from etherdiff.tiny.subjects import SUBJECTS as TINY_SUBJECTS
 
 HUB_DATASET = "google/dreambooth"
 """The Hugging Face hub dataset with the 30 subjects, as dataset/NAME/*.jpg."""
@@ -104,21 +107,25 @@ LIVE_PROMPTS = (
 
 @dataclass(frozen=True)
 class Subject:
-    """What a run learns: its images, and the class noun where it is known (a subject of DreamBooth)."""
+    """What a run learns: its images, and the class noun where it is known (a subject of DreamBooth or of the tiny world)."""
 
     name: str
     class_noun: str | None
     images: tuple[Path, ...]
+    held_out: tuple[Path, ...] = ()
+    """Further images, in the subfolder `held_out`, that nothing is learnt from: to judge by."""
 
 
-def prompts_for(class_noun: str, identifier: str) -> list[str]:
-    """The 25 evaluation prompts of DreamBooth, "a sks dog in the jungle" and on."""
-    templates = LIVE_PROMPTS if class_noun in LIVE_CLASSES else OBJECT_PROMPTS
+def prompts_for(class_noun: str, identifier: str, tiny: bool = False) -> list[str]:
+    """The 25 evaluation prompts of DreamBooth, "a sks dog in the jungle" and on, or those of what the tiny base knows."""
+    templates = TINY_PROMPTS if tiny else LIVE_PROMPTS if class_noun in LIVE_CLASSES else OBJECT_PROMPTS
     return [template.format(identifier=identifier, class_noun=class_noun) for template in templates]
 
 
 def find_subject(subject: str, data_root: Path | None) -> Subject:
-    """The images of a folder, else of data_root/dreambooth/NAME, else of one of the 30 from the hub.
+    """The images of a folder, else of data_root/dreambooth/NAME, else of a subject of the tiny world, else of one of the 30.
+
+    The tiny world's are rendered in the cache, the 30 come from the hub.
 
     Args:
         subject: a folder of images (absolute, or relative to the working directory), or a subject's name.
@@ -132,6 +139,8 @@ def find_subject(subject: str, data_root: Path | None) -> Subject:
         return _from_folder(folder)
     if _is_plain_name(subject) and data_root is not None and _is_folder(data_root / "dreambooth" / subject):
         return _from_folder(data_root / "dreambooth" / subject)
+    if subject in TINY_SUBJECTS:
+        return _from_folder(subject_folder(subject))
     if subject in SUBJECT_CLASSES:
         return _from_folder(_fetch_from_hub(subject, data_root))
     raise UserError(_why_not_found(subject, folder, data_root))
@@ -171,7 +180,12 @@ def _from_folder(folder: Path) -> Subject:
             )
     except OSError as error:
         raise UserError(f"cannot look into {folder}: {error.strerror or error}") from error
-    return Subject(name, SUBJECT_CLASSES.get(name), images)
+    held_out = tuple(list_images(folder / "held_out")) if _is_folder(folder / "held_out") else ()
+    return Subject(name, _class_noun(name), images, held_out)
+
+
+def _class_noun(name: str) -> str | None:
+    return TINY_SUBJECTS[name].class_noun if name in TINY_SUBJECTS else SUBJECT_CLASSES.get(name)
 
 
 def _content(folder: Path) -> str:
@@ -224,7 +238,7 @@ def _why_not_found(subject: str, folder: Path, data_root: Path | None) -> str:
 
 def _why_unknown(subject: str, data_root: Path | None) -> str:
     local = _subjects_in(data_root)
-    close = difflib.get_close_matches(subject.lower(), sorted({*SUBJECT_CLASSES, *local}), n=3)
+    close = difflib.get_close_matches(subject.lower(), sorted({*SUBJECT_CLASSES, *TINY_SUBJECTS, *local}), n=3)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     if data_root is None:
         found = "No data root is given (--data-root or ETHERDIFF_DATA)"
@@ -232,7 +246,7 @@ def _why_unknown(subject: str, data_root: Path | None) -> str:
         found = f"Subjects in {data_root / 'dreambooth'}: {', '.join(local) or 'none'}"
     return (
         f"subject '{subject}' is neither a folder nor a known name.{hint} {found}. "
-        f"Fetched from the hub by name: {', '.join(SUBJECT_CLASSES)}"
+        f"The tiny world's: {', '.join(TINY_SUBJECTS)}. Fetched from the hub by name: {', '.join(SUBJECT_CLASSES)}"
     )
 
 

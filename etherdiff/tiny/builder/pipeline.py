@@ -1,0 +1,90 @@
+"""tiny-sd as an ordinary StableDiffusionPipeline folder: half-precision files that load as float32."""
+
+import json
+import shutil
+from pathlib import Path
+
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from etherdiff.files import save_tensors, staged_folder
+from etherdiff.shipped import shipped_config
+from etherdiff.text_encoder_io import save_text_encoder
+from etherdiff.tiny.builder import autoencoder, diffusion
+from etherdiff.tiny.builder.autoencoder import train_autoencoder
+from etherdiff.tiny.builder.cards import parameter_count, write_card
+from etherdiff.tiny.builder.data import scene_set
+from etherdiff.tiny.builder.diffusion import Denoiser, train_denoiser
+from etherdiff.tiny.builder.tokenizer import write_tokenizer
+
+TEST = 1_000
+
+
+def build_tokenizer(work: Path, output: Path, fraction: float = 1.0) -> None:
+    """Write OUTPUT/sd/tokenizer."""
+    write_tokenizer(output / "sd" / "tokenizer")
+
+
+def build_autoencoder(work: Path, output: Path, fraction: float = 1.0) -> None:
+    """Train (or go on) and write OUTPUT/sd/vae."""
+    vae = train_autoencoder(work, fraction)
+    vae.save_pretrained(output / "sd" / "vae")
+    halve(output / "sd" / "vae" / "diffusion_pytorch_model.safetensors")
+
+
+def build_unet(work: Path, output: Path, fraction: float = 1.0) -> None:
+    """Train (or go on) the UNet and the text encoder on the latents of OUTPUT/sd/vae, and complete the folder OUTPUT/sd."""
+    vae = AutoencoderKL.from_pretrained(output / "sd" / "vae")
+    model = train_denoiser(vae, CLIPTokenizer.from_pretrained(output / "sd" / "tokenizer"), work, fraction)
+    write_pipeline(model, vae, output / "sd")
+    _write_card(model, vae, work, output / "sd", fraction)
+
+
+def write_pipeline(model: Denoiser, vae: AutoencoderKL, folder: Path) -> None:
+    """Put everything but the tokenizer, which is there, into a StableDiffusionPipeline folder."""
+    model.unet.set_default_attn_processor()
+    with staged_folder(folder) as staged:
+        shutil.copytree(folder / "tokenizer", staged / "tokenizer")
+        pipeline = StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=None,
+            tokenizer=None,
+            unet=model.unet,
+            scheduler=PNDMScheduler.from_pretrained(shipped_config("sd15"), subfolder="scheduler"),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.save_pretrained(staged)
+        save_text_encoder(model.text_encoder, staged / "text_encoder")
+        index = json.loads((staged / "model_index.json").read_text(encoding="utf-8"))
+        index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+        (staged / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        for weights in staged.rglob("*.safetensors"):
+            halve(weights)
+
+
+def halve(path: Path) -> None:
+    """Store a safetensors file in half precision. The configuration beside it still says float32, and so it loads."""
+    tensors: dict[str, Tensor] = load_file(path)
+    save_tensors({name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}, path)
+
+
+def _write_card(model: Denoiser, vae: AutoencoderKL, work: Path, folder: Path, fraction: float) -> None:
+    steps = [module.SCHEDULE.shortened(fraction).steps for module in (autoencoder, diffusion)]
+    write_card(
+        folder,
+        "tiny-sd",
+        "A Stable Diffusion of etherdiff's tiny world: 64 px pictures, 16 x 16 latents, the classes and files of Stable "
+        "Diffusion 1.5. `StableDiffusionPipeline.from_pretrained` opens it. No caption has the word `sks`, which is DreamBooth's.",
+        "AutoencoderKL; UNet2DConditionModel with cross-attention at 16 x 16, 8 x 8 and in the middle; CLIPTextModel and a "
+        "CLIPTokenizer of CLIP's commonest merges",
+        parameter_count(vae) + parameter_count(model),
+        f"{diffusion.SCENES:,} scenes with full, loose and short captions",
+        f"autoencoder {steps[0]:,} steps of {autoencoder.BATCH}; UNet and text encoder together {steps[1]:,} steps of "
+        f"{diffusion.BATCH}: epsilon prediction, min-SNR weights, 10% without caption",
+        {f"Autoencoder, PSNR in dB on {TEST:,} test scenes": autoencoder.psnr(vae, scene_set("test", TEST, work))},
+        library="diffusers",
+    )

@@ -1,0 +1,198 @@
+"""The tiny world: scenes of 64 x 64 pixels with their segmentation maps and captions, each a function of split and index.
+
+Training, validation and test scenes are drawn from disjoint random streams, and the combinations of kind, pattern and colours
+that the DreamBooth subjects have (`subjects.py`) are in none of them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from etherdiff.tiny.captions import full_caption, loose_caption, short_caption
+from etherdiff.tiny.colours import COLOURS, FloatArray
+from etherdiff.tiny.scenery import GROUNDS, SIZE, SKIES, draw_ground, draw_sky, light_under
+from etherdiff.tiny.subjects import SUBJECTS, held_out_combinations
+from etherdiff.tiny.things import KINDS, PATTERNS, Thing, near_twin, sample_thing, thing_colours, thing_distance
+
+__all__ = ["CLASSES", "COLOURS", "GROUNDS", "KINDS", "PALETTE", "PATTERNS", "SIZE", "SKIES", "SPLITS", "SUBJECTS"]
+
+CLASSES = SKIES + GROUNDS + KINDS
+"""What the values of a segmentation map mean."""
+PALETTE: NDArray[np.uint8] = np.array(
+    [
+        *[(135, 190, 250), (190, 200, 210), (25, 30, 80), (250, 150, 90), (110, 120, 130)],
+        *[(70, 150, 50), (220, 190, 120), (235, 240, 250), (30, 100, 170), (160, 80, 60), (140, 95, 50)],
+        *[(230, 25, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48), (145, 30, 180)],
+        *[(240, 50, 230), (0, 255, 127), (128, 0, 0), (70, 240, 240), (170, 255, 195)],
+    ],
+    np.uint8,
+)
+"""One RGB colour for each of `CLASSES`: (21, 3)."""
+SPLITS = ("train", "validation", "test")
+_SCENE, _INDIVIDUAL, _VIEW, _SUBJECT = range(4)  # what a random stream is for
+_HELD_OUT = held_out_combinations()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and the truth about it."""
+
+    image: NDArray[np.uint8]
+    """(64, 64, 3)"""
+    segmentation: NDArray[np.uint8]
+    """(64, 64), indices in `CLASSES`"""
+    sky: str
+    ground: str
+    things: tuple[Thing, ...]
+    """Farthest first; a nearer one may hide part of another."""
+    caption: str
+    """Names everything."""
+    loose_caption: str
+    """Names some of it."""
+    short_caption: str
+    """Names one thing."""
+
+
+@dataclass(frozen=True)
+class _Pose:
+    x: float
+    y: float
+    radius: float
+    angle: float
+
+
+def render_scene(split: str, index: int) -> Scene:
+    """Scene number `index` of a split: one to three things anywhere on the ground."""
+    rng = _stream(_SCENE, split, index)
+    count = int(rng.choice(3, p=(0.45, 0.33, 0.22))) + 1
+    things = tuple(_sample_allowed(rng) for _ in range(count))
+    return _compose(rng, things, (None, (10, 20), (8.5, 14), (7.5, 11.5))[count])
+
+
+def render_thing(split: str, thing_index: int, view: int, sibling: int = 0) -> Scene:
+    """One individual thing, large, in scene number `view`, sometimes beside others.
+
+    Sibling 0 is the thing itself, 1 another individual of its kind, 2 one that differs in a single trait.
+    """
+    rng = _stream(_INDIVIDUAL, split, thing_index)
+    thing = _sample_allowed(rng)
+    if sibling == 1:
+        first, kind = thing.combination, thing.kind
+        while (thing := _sample_allowed(rng, kind)).combination == first:
+            pass
+    elif sibling == 2:
+        thing = near_twin(rng, thing)
+    return _with_company(_stream(_VIEW, split, thing_index, view, sibling), thing, alone=0.65)
+
+
+def render_subject(name: str, view: int, held_out: bool = False) -> Scene:
+    """A DreamBooth subject in scene number `view`, alone; the held-out scenes are others than those to learn from.
+
+    Raises:
+        KeyError: no such subject.
+    """
+    subject = SUBJECTS[name]
+    rng = _stream(_SUBJECT, "test" if held_out else "train", list(SUBJECTS).index(name), view)
+    return _with_company(rng, subject.thing, alone=1.0)
+
+
+def _stream(purpose: int, split: str, *numbers: int) -> np.random.Generator:
+    """The random stream of this purpose, split and numbers: the same on every machine."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((purpose, SPLITS.index(split), *numbers))))
+
+
+def _sample_allowed(rng: np.random.Generator, kind: str | None = None) -> Thing:
+    while (thing := sample_thing(rng, kind)).combination in _HELD_OUT:
+        pass
+    return thing
+
+
+def _with_company(rng: np.random.Generator, thing: Thing, alone: float) -> Scene:
+    """The thing large and in front; unless alone, one smaller thing of another kind behind it."""
+    if rng.random() < alone:
+        return _compose(rng, (thing,), (13, 21))
+    while (other := _sample_allowed(rng)).kind == thing.kind:
+        pass
+    return _compose(rng, (other, thing), (7.5, 10), (12.5, 17))
+
+
+def _compose(rng: np.random.Generator, things: tuple[Thing, ...], *sizes: tuple[float, float] | None) -> Scene:
+    """Place the things (each in its range of sizes, or all in the one given) and draw everything."""
+    sky, ground = str(rng.choice(SKIES)), str(rng.choice(GROUNDS))
+    horizon = float(rng.uniform(26, 40))
+    poses = _place(rng, [sizes[i % len(sizes)] or (10, 20) for i in range(len(things))], horizon)
+    if len(sizes) == 1:  # equals stand in order of their distance; a main thing stays in front
+        poses.sort(key=lambda pose: pose.y + pose.radius)
+    image, segmentation = _draw(rng, sky, ground, horizon, things, poses)
+    return Scene(
+        image,
+        segmentation,
+        sky,
+        ground,
+        things,
+        full_caption(rng, things, ground, sky),
+        loose_caption(rng, things, ground, sky),
+        short_caption(rng, things),
+    )
+
+
+def _place(rng: np.random.Generator, sizes: list[tuple[float, float]], horizon: float) -> list[_Pose]:
+    """Feet on the ground, inside the picture, hiding each other a little at most if ten tries find such a place."""
+    poses: list[_Pose] = []
+    for low, high in sizes:
+        radius = rng.uniform(low, high)
+        for _ in range(10):
+            feet = rng.uniform(max(horizon + 3, 2 * radius), SIZE - 1)
+            pose = _Pose(rng.uniform(0.9 * radius, SIZE - 0.9 * radius), feet - 0.9 * radius, radius, rng.uniform(-0.4, 0.4))
+            if all(np.hypot(pose.x - o.x, pose.y - o.y) > 0.85 * (pose.radius + o.radius) for o in poses):
+                break
+        poses.append(pose)
+    return poses
+
+
+def _draw(
+    rng: np.random.Generator, sky: str, ground: str, horizon: float, things: tuple[Thing, ...], poses: list[_Pose]
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    light = light_under(sky, rng)
+    rows, columns = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
+    below = np.clip(rows - horizon - rng.uniform(-0.06, 0.06) * (columns - SIZE / 2) + 0.5, 0, 1)
+    image = draw_sky(sky, rng, horizon) * (1 - below[..., None]) + draw_ground(ground, rng, light) * below[..., None]
+    segmentation = np.where(below > 0.5, CLASSES.index(ground), CLASSES.index(sky)).astype(np.uint8)
+    from_left = rng.uniform(-1, 1)
+    for thing, pose in zip(things, poses, strict=True):
+        _cast_shadow(image, pose, below, from_left)
+        _draw_thing(image, segmentation, thing, pose, light, from_left)
+    image += rng.normal(0, 0.008, image.shape).astype(np.float32)
+    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), segmentation
+
+
+def _cast_shadow(image: FloatArray, pose: _Pose, below: FloatArray, from_left: float) -> None:
+    """Darken the ground under a thing, softly, away from the light."""
+    x, y = pose.x + 0.25 * from_left * pose.radius, pose.y + 0.9 * pose.radius
+    window = _window(x, y, 1.5 * pose.radius)
+    rows, columns = np.mgrid[window].astype(np.float32)
+    depth = np.exp(-(((columns - x) / pose.radius) ** 2) - ((rows - y) / (0.3 * pose.radius)) ** 2) * below[window]
+    image[window] *= 1 - 0.4 * depth[..., None]
+
+
+def _draw_thing(
+    image: FloatArray, segmentation: NDArray[np.uint8], thing: Thing, pose: _Pose, light: FloatArray, from_left: float
+) -> None:
+    window = _window(pose.x, pose.y, 1.25 * pose.radius + 1)
+    rows, columns = np.mgrid[window].astype(np.float32)
+    dx, dy = (columns - pose.x) / np.float32(pose.radius), (rows - pose.y) / np.float32(pose.radius)
+    cos, sin = np.float32(np.cos(pose.angle)), np.float32(np.sin(pose.angle))
+    x, y = cos * dx + sin * dy, cos * dy - sin * dx
+    distance = thing_distance(thing.kind, x, y)
+    inside = np.clip(0.5 - distance * np.float32(pose.radius), 0, 1)
+    shade = 0.96 - np.float32(0.12) * (from_left * dx + dy)
+    colours = thing_colours(thing, x, y, distance, pose.radius) * light * shade[..., None]
+    image[window] += (colours - image[window]) * inside[..., None]
+    segmentation[window][inside > 0.5] = CLASSES.index(thing.kind)
+
+
+def _window(x: float, y: float, reach: float) -> tuple[slice, slice]:
+    """The part of the canvas within reach of a point."""
+    top, left = max(int(y - reach), 0), max(int(x - reach), 0)
+    return slice(top, min(int(y + reach) + 2, SIZE)), slice(left, min(int(x + reach) + 2, SIZE))

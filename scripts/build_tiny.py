@@ -1,0 +1,47 @@
+"""Render the tiny world and train everything that comes with etherdiff: about four hours on 2 cores; stop and go on at will.
+
+    python scripts/build_tiny.py            # everything that is not yet complete, in order
+    python scripts/build_tiny.py unet       # one stage
+
+Checkpoints, learning curves (log.jsonl) and sample sheets are kept in --work.
+"""
+
+import importlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+STAGES = {
+    "tokenizer": ("pipeline", "build_tokenizer"),
+    "autoencoder": ("pipeline", "build_autoencoder"),
+    "unet": ("pipeline", "build_unet"),
+    "clip": ("clip", "build"),
+    "dino": ("dino", "build"),
+    "upernet": ("upernet", "build"),
+    "features": ("features", "build"),
+}
+
+
+def main(
+    stages: Annotated[list[str] | None, typer.Argument(help=f"any of {', '.join(STAGES)} [default: all]")] = None,
+    work: Annotated[Path, typer.Option(help="scenes, checkpoints and logs")] = Path("build/tiny"),
+    output: Annotated[Path, typer.Option(help="where the finished models go")] = Path("etherdiff/assets/tiny"),
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
+    fraction: Annotated[float, typer.Option(min=0, max=1, help="of the steps, to try the builder out")] = 1.0,
+) -> None:
+    """Build the tiny models."""
+    unknown = sorted(set(stages or []) - set(STAGES))
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)}: stages are {', '.join(STAGES)}")
+    import torch
+
+    torch.set_num_threads(threads)
+    for stage in stages or STAGES:
+        module, function = STAGES[stage]
+        build = getattr(importlib.import_module(f"etherdiff.tiny.builder.{module}"), function)
+        build(work, output, fraction)
+
+
+if __name__ == "__main__":
+    typer.run(main)
