@@ -1,0 +1,1 @@
+"""Scores of generated images, and what is needed to trust them: which network, which preprocessing, which images."""

@@ -1,0 +1,96 @@
+"""Scores of several subjects as one table, and what makes two scores incomparable."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etherdiff.errors import UserError
+from etherdiff.eval.intervals import DRAWS, FEWEST_PROMPTS, bootstrap_mean
+from etherdiff.eval.metrics import HELD_OUT, METRICS
+from etherdiff.eval.network import digest_of
+from etherdiff.eval.scorer import interval_fields
+
+
+def combine_subjects(results: Mapping[str, dict[str, Any]], seed: int = 0, draws: int = DRAWS) -> dict[str, Any]:
+    """One table over subjects: means over the pairs of all of them, as the paper's scripts pool them.
+
+    Intervals draw subjects again; below `FEWEST_PROMPTS` subjects, the prompts of all of them, and then speak of these
+    subjects only. FID is not pooled: it is no mean.
+
+    Returns:
+        scores as of `score_images`, and per_subject with the given results.
+
+    Raises:
+        UserError: no subject, or scores of one name that were not computed the same way.
+    """
+    if not results:
+        raise UserError("no subject has been scored")
+    everything = dict.fromkeys(name for result in results.values() for name in result["scores"])
+    names = [name for name in everything if METRICS[_base(name)].compares != "sets"]
+    problems = [problem for name in names for problem in _mixed_identities(name, results)]
+    if problems:
+        raise UserError(problems)
+    return {
+        "scores": {name: _pooled(name, results, seed, draws) for name in names},
+        "per_subject": dict(results),
+        "left_out": {subject: result["left_out"] for subject, result in results.items()},
+        "not_scored": {name: "a score of sets is not pooled over subjects" for name in everything if name not in names},
+    }
+
+
+def differences(one: Any, other: Any, ignored: Sequence[str] = ("versions",), path: str = "") -> list[str]:
+    """Dotted names of what differs between two identities; a key of `ignored` is left out at any depth."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        keys = [key for key in dict.fromkeys([*one, *other]) if key not in ignored]
+        inner = (differences(one.get(key), other.get(key), ignored, f"{path}.{key}" if path else key) for key in keys)
+        return [name for names in inner for name in names]
+    return [] if one == other else [path]
+
+
+def _base(name: str) -> str:
+    return name.removesuffix(HELD_OUT)
+
+
+def _with(name: str, results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {subject: result for subject, result in results.items() if name in result["scores"]}
+
+
+def _mixed_identities(name: str, results: Mapping[str, dict[str, Any]]) -> list[str]:
+    """What differs beyond the subject's own images and prompts."""
+    own = ("versions", "sha256", "n", "seeds")
+    (first, one), *others = [(subject, result["scores"][name]["identity"]) for subject, result in _with(name, results).items()]
+    return [
+        f"{name}: {subject} was not scored as {first} was: {', '.join(found)} differ"
+        for subject, other in others
+        if (found := differences(one, other, own))
+    ]
+
+
+def _pooled(name: str, results: Mapping[str, dict[str, Any]], seed: int, draws: int) -> dict[str, Any]:
+    scored = list(_with(name, results).values())
+    units, unit = [result["scores"][name] for result in scored], "subjects"
+    pairs = sum(score["pairs"] for score in units)
+    mean = sum(score["mean"] * score["pairs"] for score in units) / pairs
+    identity = units[0]["identity"]
+    if len(units) < FEWEST_PROMPTS and METRICS[_base(name)].compares != "real x other real":
+        scores = [prompt["scores"].get(name) for result in scored for prompt in result["per_prompt"]]
+        units, unit = [score for score in scores if score], "prompts"
+    interval = bootstrap_mean([s["mean"] * s["pairs"] for s in units], [s["pairs"] for s in units], seed, draws)
+    return {
+        "mean": mean,
+        **interval_fields(interval, unit, seed, draws),
+        "n": sum(result["scores"][name]["n"] for result in scored),
+        "pairs": pairs,
+        "subjects": len(scored),
+        "identity": identity | _digests(name, scored),
+    }
+
+
+def _digests(name: str, scored: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The parts of the identity that each subject has its own of, as one for all of them."""
+    identities = [result["scores"][name]["identity"] for result in scored]
+    merged = {}
+    for part in ("reference", "prompts"):
+        if identities[0].get(part):
+            sha256 = digest_of([identity[part]["sha256"] for identity in identities])
+            merged[part] = identities[0][part] | {"n": sum(one[part]["n"] for one in identities), "sha256": sha256}
+    return merged

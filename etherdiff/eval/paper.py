@@ -1,0 +1,86 @@
+"""What the paper reports (ETHER, arXiv 2405.20271, Stable Diffusion 1.5), and whether a score may stand beside it."""
+
+from typing import Any
+
+from etherdiff.eval.combine import differences
+
+PAPER_SUBJECTS: dict[str, dict[str, float]] = {
+    "real images": {"dino": 0.703, "clip_i": 0.864, "lpips_to_real": 0.695},
+    "full": {"dino": 0.644, "clip_i": 0.793, "clip_t": 0.236, "lpips_to_real": 0.709},
+    "lora": {"dino": 0.660, "clip_i": 0.796, "clip_t": 0.231, "lpips_to_real": 0.714},
+    "oft": {"dino": 0.652, "clip_i": 0.794, "clip_t": 0.241, "lpips_to_real": 0.725},
+    "naive": {"dino": 0.648, "clip_i": 0.793, "clip_t": 0.245, "lpips_to_real": 0.730},
+    "ether": {"dino": 0.567, "clip_i": 0.746, "clip_t": 0.256, "lpips_to_real": 0.766},
+    "ether+": {"dino": 0.666, "clip_i": 0.800, "clip_t": 0.240, "lpips_to_real": 0.729},
+    "ether+one-sided": {"dino": 0.618, "clip_i": 0.777},
+}
+"""Method, or the row of real images -> score: means over 30 subjects, 25 prompts each, 4 images per prompt."""
+
+PAPER_S2I: dict[str, dict[str, float]] = {
+    "none": {"miou": 8.2, "accuracy": 38.0, "fid": 41.2},
+    "oft": {"miou": 24.5, "accuracy": 62.8, "fid": 31.1},
+    "oft+magnitude": {"miou": 24.6, "accuracy": 63.3, "fid": 30.8},
+    "naive": {"miou": 24.3, "accuracy": 62.9, "fid": 29.9},
+    "ether": {"miou": 24.6, "accuracy": 63.3, "fid": 32.0},
+    "ether+": {"miou": 27.3, "accuracy": 68.1, "fid": 31.0},
+}
+"""Method (`none`: the hint encoder alone) -> score on 2000 validation maps of ADE20K; percent, except FID."""
+
+PAPER_SCOPE = "30 subjects, 25 prompts each, 4 images per prompt, Stable Diffusion 1.5"
+
+_CLIP: dict[str, Any] = {
+    "name": "openai/clip-vit-large-patch14",
+    "feature": "projected embeddings",
+    "preprocessing": {"edge": 224, "size": None, "crop": [224, 224], "resample": "bicubic"},
+}
+_BACKBONES: dict[str, dict[str, Any]] = {
+    "dino": {
+        "name": "facebook/dino-vits16",
+        "feature": "CLS token of the last hidden state",
+        "preprocessing": {"edge": None, "size": [224, 224], "crop": None},
+    },
+    "clip_i": _CLIP,
+    "clip_t": _CLIP,
+    "lpips_to_real": {
+        "name": "lpips:alex",
+        "preprocessing": {"edge": None, "size": [512, 512], "crop": None, "resample": "bilinear"},
+    },
+    "fid": {"name": "inception"},
+}
+"""What the scripts behind the paper's numbers used; only what is here is compared."""
+_REAL_IMAGES = {
+    "dino_real_images": "dino",
+    "clip_i_real_images": "clip_i",
+    "lpips_real_images": "lpips_to_real",
+}
+
+
+def paper_value(score: str, method: str) -> float | None:
+    """The paper's number for one of our scores and methods, whatever the setting; baselines have the row of real images."""
+    if score in _REAL_IMAGES:
+        return PAPER_SUBJECTS["real images"].get(_REAL_IMAGES[score])
+    rows = PAPER_S2I if score in ("fid", "miou", "accuracy") else PAPER_SUBJECTS
+    return rows.get(method, {}).get(score)
+
+
+def differs_from_paper(score: str, identity: dict[str, Any]) -> list[str]:
+    """Why a score was not computed as the paper's of that name; empty where it was, and may be shown beside.
+
+    It looks at the network, its features and the preprocessing, and for CLIP-T at the prompts' form (the scripts score
+    against `instance_prompt`, identifier included). Subjects and prompts are `PAPER_SCOPE`, which the reader has to be told.
+    """
+    expected = _BACKBONES.get(_REAL_IMAGES.get(score, score))
+    if expected is None:
+        return [f"the paper has no score {score}"]
+    found = _only(identity["backbone"], expected)
+    reasons = [f"backbone {name}" for name in differences(found, expected)]
+    if score == "clip_t" and identity["prompts"]["form"] != "with identifier":
+        reasons.append("prompts without identifier")
+    return reasons
+
+
+def _only(found: Any, expected: Any) -> Any:
+    """The part of `found` that `expected` speaks of."""
+    if not isinstance(expected, dict) or not isinstance(found, dict):
+        return found
+    return {key: _only(found.get(key), value) for key, value in expected.items()}

@@ -1,0 +1,248 @@
+"""Networks: against transformers', lpips', torch-fidelity's and open_clip's own ways of computing the same."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from eval_toys import CLIP_PREPROCESSOR, SIZE, clip_model, draw, pillow_processor, save
+from PIL import Image
+from transformers import CLIPModel, ResNetForImageClassification, ViTModel
+
+from etherdiff.errors import UserError
+from etherdiff.eval import backbones as backbones_module
+from etherdiff.eval.backbones import PRESETS, ROLES, find_backbones, load_backbone
+from etherdiff.eval.lpips_distance import lpips_distances
+from etherdiff.files import file_hash
+
+
+def pixels(backbone, *images):
+    return [backbone.preprocessing.pixels(image) for image in images]
+
+
+@pytest.fixture
+def images(tmp_path):
+    return [Image.open(draw(tmp_path / f"{number}.png", number, size)) for number, size in enumerate([(40, 36), (33, 70)])]
+
+
+def processed(folder, images):
+    return pillow_processor(folder)(images=images, return_tensors="pt")
+
+
+@torch.no_grad()
+def test_dino_is_the_cls_token_of_the_last_hidden_state(networks, specs, images):
+    backbone = load_backbone("dino", specs["dino"], "cpu")
+    model = ViTModel.from_pretrained(networks / "dino").eval()
+    expected = model(**processed(networks / "dino", images)).last_hidden_state[:, 0]
+    torch.testing.assert_close(backbone.encode(pixels(backbone, *images)), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_clip_is_the_projected_embeddings(networks, specs, images):
+    backbone = load_backbone("clip", specs["clip"], "cpu")
+    model = CLIPModel.from_pretrained(networks / "clip").eval()
+    seen = model.vision_model(processed(networks / "clip", images).pixel_values).pooler_output
+    torch.testing.assert_close(backbone.encode(pixels(backbone, *images)), model.visual_projection(seen), atol=1e-5, rtol=0)
+    texts = ["a dog", "a red dog in the snow"]
+    alone = [backbone.tokenizer([text], return_tensors="pt") for text in texts]
+    read = torch.cat([model.text_model(**tokens).pooler_output for tokens in alone])
+    torch.testing.assert_close(backbone.encode_text(texts), model.text_projection(read), atol=1e-5, rtol=0)
+
+
+def test_clip_of_transformers_4_gives_the_projection_itself(specs, images, monkeypatch):
+    backbone = load_backbone("clip", specs["clip"], "cpu")
+    expected = backbone.encode(pixels(backbone, *images))
+    for name in ("get_image_features", "get_text_features"):
+        now = getattr(backbone.model, name)
+        monkeypatch.setattr(backbone.model, name, lambda now=now, **inputs: now(**inputs).pooler_output)
+    torch.testing.assert_close(backbone.encode(pixels(backbone, *images)), expected)
+    assert backbone.encode_text(["a dog"]).shape == (1, 12)
+
+
+def test_clip_counts_the_tokens_it_would_not_read(specs):
+    backbone = load_backbone("clip", specs["clip"], "cpu")
+    assert backbone.too_long(["a dog", " ".join(["dog"] * 22), " ".join(["dog"] * 30)]) == [0, 0, 8]
+
+
+@torch.no_grad()
+def test_resnet_features_are_pooled_for_fid_and_layered_for_lpips(networks, specs, images):
+    fid, lpips = (load_backbone(role, specs[role], "cpu") for role in ("fid", "lpips"))
+    model = ResNetForImageClassification.from_pretrained(networks / "features").eval()
+    output = model.resnet(**processed(networks / "features", images), output_hidden_states=True)
+    torch.testing.assert_close(fid.encode(pixels(fid, *images)), output.pooler_output[:, :, 0, 0], atol=1e-5, rtol=0)
+    expected = 0.0
+    for layer in output.hidden_states:
+        a, b = (one / one.norm(dim=0, keepdim=True) for one in layer)
+        expected += float((a - b).square().sum(0).mean())
+    one, other = lpips.encode(pixels(lpips, *images))
+    assert float(lpips_distances([one], [other])) == pytest.approx(expected, rel=1e-5)
+
+
+def test_lpips_is_the_package_lpips(images):
+    lpips = pytest.importorskip("lpips")
+    from etherdiff.eval.from_libraries import Lpips
+
+    torch.manual_seed(0)
+    model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)  # its linear weights come with the package
+    backbone = Lpips(model, "random alex", "cpu")
+    read = pixels(backbone, *images)
+    vectors = list(backbone.encode(read))
+    normalized = backbone.preprocessing.normalize(torch.stack(read))
+    with torch.no_grad():
+        expected = float(model(normalized[:1], normalized[1:]))
+    found = lpips_distances(vectors, vectors)
+    assert float(found[0, 1]) == pytest.approx(expected, rel=1e-5)
+    assert float(found[0, 0]) == 0
+    torch.testing.assert_close(found, found.T)
+
+
+def test_lpips_with_a_negative_weight_is_refused():
+    lpips = pytest.importorskip("lpips")
+    from etherdiff.eval.from_libraries import Lpips
+
+    model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    model.lin0.model[-1].weight.data[0, 0] = -1.0
+    with pytest.raises(UserError, match="negative"):
+        Lpips(model, "broken", "cpu")
+
+
+def test_inception_is_torch_fidelitys_and_takes_images_of_any_size(images, monkeypatch):
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    from etherdiff.eval.from_libraries import load_inception
+
+    # nothing is downloaded: the weights that the network was built with stay
+    monkeypatch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
+    monkeypatch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+    backbone = load_inception("inception:64", "cpu")
+    expected = torch.cat([backbone.model(image[None])[0] for image in pixels(backbone, *images)])
+    assert backbone.encode(pixels(backbone, *images)).shape == (2, 64)
+    torch.testing.assert_close(backbone.encode(pixels(backbone, *images)), expected)
+
+
+def test_open_clip_from_a_folder(tmp_path, images):
+    open_clip = pytest.importorskip("open_clip")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": SIZE, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
+        "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    statistics = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": statistics}))
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    backbone = load_backbone("clip", f"local-dir:{folder}", "cpu")
+    with torch.no_grad():
+        expected = model.eval().encode_image(torch.stack([transform(image) for image in images]))
+    torch.testing.assert_close(backbone.encode(pixels(backbone, *images)), expected, atol=1e-5, rtol=0)
+    assert backbone.encode_text(["a dog", "a cat"]).shape == (2, 16)
+    assert backbone.too_long(["a dog", " ".join(["dog"] * 18), " ".join(["dog"] * 25)]) == [0, 0, 7]
+    assert str(folder.parent) not in json.dumps(backbone.identity.as_dict())
+
+
+def test_an_identity_says_which_network_it_was(networks, specs):
+    identity = load_backbone("dino", specs["dino"], "cpu").identity
+    assert identity.name == "dino"
+    assert identity.weights_sha256 == file_hash(networks / "dino" / "model.safetensors")
+    assert identity.weights_hashed == "model.safetensors"
+    assert identity.preprocessing["size"] == [SIZE, SIZE]
+    assert {"torch", "pillow", "transformers"} <= set(identity.versions)
+    assert json.loads(json.dumps(identity.as_dict())) == identity.as_dict()
+
+
+def test_other_weights_or_preprocessing_are_another_identity(networks, tmp_path):
+    def digest(folder):
+        return load_backbone("dino", str(folder), "cpu").identity.digest
+
+    again, resized, retrained = (tmp_path / name / "dino" for name in ("again", "resized", "retrained"))
+    for folder in (again, resized, retrained):
+        shutil.copytree(networks / "dino", folder)
+    config = json.loads((resized / "preprocessor_config.json").read_text())
+    (resized / "preprocessor_config.json").write_text(json.dumps(config | {"resample": 3}))
+    model = ViTModel.from_pretrained(retrained)
+    model.layernorm.weight.data += 1e-3
+    model.save_pretrained(retrained)
+    assert digest(again) == digest(networks / "dino")
+    assert len({digest(folder) for folder in (again, resized, retrained)}) == 3
+
+
+def test_a_folder_that_lacks_weights_is_not_filled_with_random_ones(networks, tmp_path):
+    folder = tmp_path / "dino"
+    shutil.copytree(networks / "dino", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    backbone = load_backbone("dino", str(folder), "cpu")
+    with pytest.raises(UserError, match="lacks weights"):
+        _ = backbone.model
+
+
+def test_a_clip_folder_without_a_tokenizer_takes_the_package_s(specs):
+    backbone = load_backbone("clip", specs["clip"], "cpu")
+    assert backbone.tokenizer("a dog").input_ids == [49406, 320, 1929, 49407]
+
+
+def test_the_tiny_preset_reads_what_comes_with_the_package(networks, tmp_path, monkeypatch):
+    monkeypatch.setattr(backbones_module, "ASSETS", tmp_path)
+    shutil.copytree(networks, tmp_path / "tiny")
+    found = find_backbones(ROLES, "tiny", device="cpu")
+    assert {role: backbone.identity.name for role, backbone in found.items()} == {
+        "dino": "etherdiff/tiny-dino",
+        "clip": "etherdiff/tiny-clip",
+        "lpips": "etherdiff/tiny-features",
+        "fid": "etherdiff/tiny-features",
+    }
+    assert found["lpips"].identity.digest != found["fid"].identity.digest
+
+
+def test_everything_wrong_is_said_at_once(specs, networks, tmp_path, monkeypatch):
+    monkeypatch.setattr(backbones_module, "ASSETS", tmp_path)
+    (tmp_path / "empty").mkdir()
+    named = {"clip": specs["dino"], "lpips": str(tmp_path / "empty"), "fid": "lpips:alex", "sharpness": "x"}
+    with pytest.raises(UserError) as raised:
+        find_backbones(ROLES, "tiny", named, "cpu")
+    told = str(raised.value)
+    assert len(raised.value.problems) == 5
+    for part in ("sharpness", "needs a CLIP model", "no transformers model", "neither a folder", "'dino' is not part"):
+        assert part in told
+    with pytest.raises(UserError, match="paper, tiny"):
+        find_backbones(ROLES, "huge")
+
+
+@pytest.mark.parametrize(
+    ("role", "spec"),
+    [("lpips", "lpips:resnet"), ("fid", "inception:100"), ("clip", "ViT-B-32:nonsense"), ("dino", "./nowhere")],
+)
+def test_names_that_mean_nothing_are_refused(role, spec):
+    with pytest.raises(UserError):
+        load_backbone(role, spec, "cpu")
+
+
+def test_a_hub_id_is_read_from_the_cache_with_its_commit(networks, tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "models--facebook--dino-vits16" / "snapshots" / commit
+    shutil.copytree(networks / "dino", folder)
+    asked = []
+    monkeypatch.setattr(hub, "snapshot_download", lambda repo, **how: asked.append((repo, how["revision"])) or str(folder))
+    backbone = load_backbone("dino", f"{PRESETS['paper']['dino']}@refs/pr/1", "cpu")
+    assert asked == [("facebook/dino-vits16", "refs/pr/1")]
+    assert (backbone.identity.name, backbone.identity.revision) == ("facebook/dino-vits16", commit)
+
+
+def test_without_a_network_a_hub_id_says_what_would_help(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    with pytest.raises(UserError, match="preset tiny"):
+        load_backbone("clip", "openai/clip-vit-large-patch14", "cpu")
+
+
+def test_a_clip_of_another_context_is_read_from_its_configuration(tmp_path):
+    folder = tmp_path / "clip"
+    save(clip_model(context=10), folder, CLIP_PREPROCESSOR)
+    assert load_backbone("clip", str(folder), "cpu").too_long([" ".join(["dog"] * 9)]) == [1]

@@ -1,0 +1,246 @@
+"""Every metric against an independent computation, and one contract over all of them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.linalg import sqrtm
+from torchmetrics import Metric
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from etherdiff.eval.clip_t import ClipT
+from etherdiff.eval.dino import Dino
+from etherdiff.eval.fid import Fid, fid_problem, frechet_distance, moments
+from etherdiff.eval.lpips_diversity import LpipsDiversity
+from etherdiff.eval.lpips_to_real import LpipsToReal
+from etherdiff.eval.metrics import METRICS, SUBJECT_METRICS
+from etherdiff.eval.pairs import cosine_pairs, cosine_rows, upper_pairs
+
+WIDTH = 5
+
+
+def features(count, width=WIDTH, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal((count, width)).astype(np.float32))
+
+
+def cosine(a, b):
+    """In float64, number by number."""
+    dot = sum(float(x) * float(y) for x, y in zip(a, b, strict=True))
+    return dot / math.sqrt(sum(float(x) ** 2 for x in a)) / math.sqrt(sum(float(y) ** 2 for y in b))
+
+
+def square(count, seed=0):
+    """Distances among images: symmetric, zero on the diagonal."""
+    points = features(count, 3, seed).double()
+    return (points[:, None] - points[None]).square().sum(-1)
+
+
+def updates(name, seed=0):
+    """Two valid updates of a metric, as keyword arguments."""
+    compares, role = METRICS[name].compares, METRICS[name].role
+    if compares == "sets":
+        return [{"imgs": features(9, seed=seed), "real": True}, {"imgs": features(9, seed=seed + 1), "real": False}]
+    if compares == "image x prompt":
+        return [{"images": features(n, seed=seed), "texts": features(n, seed=seed + 1)} for n in (3, 4)]
+    if compares == "images of one prompt":
+        return [{"distances": square(n, seed)} for n in (3, 4)]
+    if compares == "real x other real":
+        table = square(4, seed) if role == "lpips" else cosine_pairs(features(4, seed=seed), features(4, seed=seed))
+        return [{"values": table}, {"values": table}]
+    if role == "lpips":
+        return [{"distances": square(5, seed)[:2, 2:]}, {"distances": square(5, seed)[2:, :2]}]
+    return [{"real": features(2, seed=seed), "generated": features(n, seed=seed + 1)} for n in (3, 4)]
+
+
+def make(name):
+    return METRICS[name].make(WIDTH) if METRICS[name].compares == "sets" else METRICS[name].make()
+
+
+def computed(name, given):
+    metric = make(name)
+    for update in given:
+        metric.update(**update)
+    return metric.compute()
+
+
+@pytest.mark.parametrize("name", METRICS)
+class TestContract:
+    def test_it_is_a_torchmetrics_metric_that_says_what_it_is(self, name):
+        entry = METRICS[name]
+        metric = make(name)
+        assert isinstance(metric, Metric)
+        assert isinstance(entry.higher_is_better, bool)
+        assert entry.make.__doc__
+        assert entry.role in ("dino", "clip", "lpips", "fid")
+        assert entry.baseline is None or METRICS[entry.baseline].compares == "real x other real"
+
+    def test_its_value_is_one_float64_number_within_its_range(self, name):
+        value = computed(name, updates(name))
+        assert value.shape == ()
+        assert value.dtype == torch.float64
+        assert METRICS[name].lowest <= float(value) <= (METRICS[name].highest or math.inf)
+
+    def test_the_order_of_updates_does_not_matter(self, name):
+        one, other = updates(name)
+        assert float(computed(name, [one, other])) == pytest.approx(float(computed(name, [other, one])), abs=1e-12)
+
+    def test_states_of_two_processes_add_up(self, name):
+        one, other = updates(name)
+        first, second, both = make(name), make(name), make(name)
+        first.update(**one)
+        second.update(**other)
+        for state in first._defaults:
+            assert first._reductions[state] is not None
+            setattr(both, state, getattr(first, state) + getattr(second, state))
+        both._update_count = 1
+        assert float(both.compute()) == pytest.approx(float(computed(name, [one, other])), abs=1e-12)
+
+    def test_reset_forgets(self, name):
+        metric = make(name)
+        for update in updates(name, seed=5):
+            metric.update(**update)
+        metric.reset()
+        for update in updates(name):
+            metric.update(**update)
+        assert float(metric.compute()) == float(computed(name, updates(name)))
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_what_is_not_finite_is_refused(self, name, bad):
+        (update, *_) = updates(name)
+        for key, value in update.items():
+            if isinstance(value, torch.Tensor):
+                spoiled = value.clone()
+                spoiled[0, 1] = bad
+                with pytest.raises(ValueError, match="finite"):
+                    make(name).update(**{**update, key: spoiled})
+
+    @pytest.mark.filterwarnings("ignore:The ``compute`` method")
+    def test_nothing_has_no_score(self, name):
+        with pytest.raises((ValueError, RuntimeError)):
+            make(name).compute()
+
+
+def test_dino_and_clip_i_are_the_mean_over_all_pairs():
+    real, generated = features(3), features(4, seed=1)
+    expected = np.mean([cosine(r, g) for r in real for g in generated])
+    for name in ("dino", "clip_i"):
+        assert float(computed(name, [{"real": real, "generated": generated}])) == pytest.approx(expected, abs=1e-12)
+
+
+def test_pairs_count_the_same_however_updates_are_cut():
+    real = features(3)
+    parts = [features(2, seed=1), features(7, seed=2)]
+    pieces = computed("dino", [{"real": real, "generated": part} for part in parts])
+    whole = computed("dino", [{"real": real, "generated": torch.cat(parts)}])
+    assert float(pieces) == pytest.approx(float(whole), abs=1e-12)
+
+
+def test_clip_t_is_the_mean_over_images_and_their_own_prompts():
+    images, texts = features(4), features(4, seed=1)
+    expected = np.mean([cosine(image, text) for image, text in zip(images, texts, strict=True)])
+    assert float(computed("clip_t", [{"images": images, "texts": texts}])) == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(ValueError, match="do not match"):
+        ClipT().update(images, texts[:3])
+
+
+def test_lpips_to_real_and_diversity_are_plain_means():
+    table = square(4)
+    flat = LpipsToReal()
+    flat.update(table[:, :3])
+    assert float(flat.compute()) == pytest.approx(np.mean([float(table[i, j]) for i in range(4) for j in range(3)]))
+    among = LpipsDiversity()
+    among.update(table)
+    assert float(among.compute()) == pytest.approx(np.mean([float(table[i, j]) for i in range(4) for j in range(i)]))
+
+
+@pytest.mark.parametrize("name", ["dino_real_images", "lpips_real_images"])
+def test_real_images_leave_out_an_image_and_itself(name):
+    table = updates(name)[0]["values"]
+    both_ways = [float(table[i, j]) for i in range(4) for j in range(4) if i != j]  # as the scripts count them
+    assert float(computed(name, [{"values": table}])) == pytest.approx(np.mean(both_ways), abs=1e-12)
+
+
+def test_zero_features_have_no_direction():
+    with pytest.raises(ValueError, match="zero"):
+        cosine_pairs(torch.zeros(2, 3), features(2, 3))
+
+
+def test_pairs_need_a_square():
+    with pytest.raises(ValueError, match="square"):
+        upper_pairs(torch.zeros(2, 3))
+
+
+vectors = st.integers(1, 6).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, 10**6)))
+
+
+@settings(deadline=None, max_examples=50)
+@given(vectors, vectors, st.floats(1e-3, 1e3))
+def test_cosines_stay_in_range_and_know_no_length_or_order(one, other, factor):
+    a, b = features(one[0], seed=one[1]), features(other[0], seed=other[1])
+    table = cosine_pairs(a, b)
+    assert table.shape == (len(a), len(b))
+    assert float(table.abs().max()) <= 1
+    torch.testing.assert_close(cosine_pairs(b, a), table.T)
+    torch.testing.assert_close(cosine_pairs(a * factor, b), table, atol=1e-5, rtol=0)
+    torch.testing.assert_close(cosine_pairs(a.flip(0), b), table.flip(0))
+    torch.testing.assert_close(cosine_rows(a, a), torch.ones(len(a), dtype=torch.float64))
+    forward, backward = Dino(), Dino()
+    forward.update(a, b)
+    backward.update(b, a)
+    assert float(forward.compute()) == pytest.approx(float(backward.compute()), abs=1e-12)
+
+
+def test_frechet_distance_of_normals_that_commute_has_a_closed_form():
+    mean, other_mean = torch.tensor([1.0, 2.0]), torch.tensor([4.0, -2.0])
+    deviations, other_deviations = torch.tensor([2.0, 3.0]), torch.tensor([1.0, 5.0])
+    found = frechet_distance(mean, torch.diag(deviations**2), other_mean, torch.diag(other_deviations**2))
+    assert float(found) == pytest.approx(3**2 + 4**2 + (2 - 1) ** 2 + (3 - 5) ** 2)
+
+
+@pytest.mark.parametrize(("count", "width"), [(40, 5), (7, 12)])
+def test_fid_against_scipy_and_torchmetrics(count, width):
+    real, generated = features(count, width), features(count, width, seed=1) * 1.5 + 0.3
+    metric = Fid(width)
+    theirs = FrechetInceptionDistance(feature=metric.inception)
+    for one in (metric, theirs):
+        one.update(real[:4], real=True)
+        one.update(real[4:], real=True)
+        one.update(generated, real=False)
+    a, b = real.double().numpy(), generated.double().numpy()
+    s, t = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t) - 2 * np.trace(sqrtm(s @ t)).real
+    assert float(metric.compute()) == pytest.approx(expected, abs=1e-5)
+    assert float(metric.compute()) == pytest.approx(float(theirs.compute()), abs=1e-5)
+
+
+def test_fid_of_a_set_with_itself_is_zero_and_symmetric():
+    a, b = features(30), features(30, seed=3)
+    ours, back, same = Fid(WIDTH), Fid(WIDTH), Fid(WIDTH)
+    for metric, real, generated in ((ours, a, b), (back, b, a), (same, a, a)):
+        metric.update(real, real=True)
+        metric.update(generated, real=False)
+    assert float(ours.compute()) == pytest.approx(float(back.compute()), rel=1e-9)
+    assert float(same.compute()) == pytest.approx(0, abs=1e-9)
+
+
+def test_moments_are_numpys():
+    a = features(9).double()
+    mean, covariance = moments(a.sum(0), a.T @ a, 9)
+    np.testing.assert_allclose(mean, a.numpy().mean(0))
+    np.testing.assert_allclose(covariance, np.cov(a.numpy(), rowvar=False))
+
+
+def test_fid_says_when_it_would_mislead():
+    assert fid_problem(2000, 2000, 2048) is None
+    assert fid_problem(200, 200, 64) is None
+    assert "same number" in (fid_problem(5, 100, 64) or "")
+    assert "too few" in (fid_problem(200, 200, 2048) or "")
+    assert "too few" in (fid_problem(64, 64, 64) or "")
+
+
+def test_subjects_are_scored_without_fid():
+    assert set(SUBJECT_METRICS) < set(METRICS)
+    assert "fid" not in SUBJECT_METRICS
