@@ -3,10 +3,11 @@
     python scripts/build_tiny.py            # everything that is not yet complete, in order
     python scripts/build_tiny.py unet       # one stage
 
-Checkpoints, learning curves (log.jsonl) and sample sheets are kept in --work.
+Checkpoints and sample sheets are kept in --work; learning curves end in --curves.
 """
 
 import importlib
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,7 @@ def main(
     stages: Annotated[list[str] | None, typer.Argument(help=f"any of {', '.join(STAGES)} [default: all]")] = None,
     work: Annotated[Path, typer.Option(help="scenes, checkpoints and logs")] = Path("build/tiny"),
     output: Annotated[Path, typer.Option(help="where the finished models go")] = Path("etherdiff/assets/tiny"),
+    curves: Annotated[Path, typer.Option(help="where the learning curves go")] = Path("benchmarks/tiny_training"),
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
     fraction: Annotated[float, typer.Option(min=0, max=1, help="of the steps, to try the builder out")] = 1.0,
 ) -> None:
@@ -41,6 +43,9 @@ def main(
         module, function = STAGES[stage]
         build = getattr(importlib.import_module(f"etherdiff.tiny.builder.{module}"), function)
         build(work, output, fraction)
+        if (work / stage / "log.jsonl").exists():
+            curves.mkdir(parents=True, exist_ok=True)
+            shutil.copy(work / stage / "log.jsonl", curves / f"{stage}.jsonl")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,19 @@ from etherdiff.tiny.scenery import GROUNDS, SIZE, SKIES, draw_ground, draw_sky, 
 from etherdiff.tiny.subjects import SUBJECTS, held_out_combinations
 from etherdiff.tiny.things import KINDS, PATTERNS, Thing, near_twin, sample_thing, thing_colours, thing_distance
 
-__all__ = ["CLASSES", "COLOURS", "GROUNDS", "KINDS", "PALETTE", "PATTERNS", "SIZE", "SKIES", "SPLITS", "SUBJECTS"]
+__all__ = [
+    "CLASSES",
+    "COLOURS",
+    "GROUNDS",
+    "KINDS",
+    "PALETTE",
+    "PATTERNS",
+    "SIZE",
+    "SKIES",
+    "SPLITS",
+    "SUBJECTS",
+    "sample_allowed",
+]
 
 CLASSES = SKIES + GROUNDS + KINDS
 """What the values of a segmentation map mean."""
@@ -66,7 +78,7 @@ def render_scene(split: str, index: int) -> Scene:
     """Scene number `index` of a split: one to three things anywhere on the ground."""
     rng = _stream(_SCENE, split, index)
     count = int(rng.choice(3, p=(0.45, 0.33, 0.22))) + 1
-    things = tuple(_sample_allowed(rng) for _ in range(count))
+    things = tuple(sample_allowed(rng) for _ in range(count))
     return _compose(rng, things, (None, (10, 20), (8.5, 14), (7.5, 11.5))[count])
 
 
@@ -76,10 +88,10 @@ def render_thing(split: str, thing_index: int, view: int, sibling: int = 0) -> S
     Sibling 0 is the thing itself, 1 another individual of its kind, 2 one that differs in a single trait.
     """
     rng = _stream(_INDIVIDUAL, split, thing_index)
-    thing = _sample_allowed(rng)
+    thing = sample_allowed(rng)
     if sibling == 1:
         first, kind = thing.combination, thing.kind
-        while (thing := _sample_allowed(rng, kind)).combination == first:
+        while (thing := sample_allowed(rng, kind)).combination == first:
             pass
     elif sibling == 2:
         thing = near_twin(rng, thing)
@@ -102,7 +114,8 @@ def _stream(purpose: int, split: str, *numbers: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((purpose, SPLITS.index(split), *numbers))))
 
 
-def _sample_allowed(rng: np.random.Generator, kind: str | None = None) -> Thing:
+def sample_allowed(rng: np.random.Generator, kind: str | None = None) -> Thing:
+    """Any thing, or any of this kind, whose combination is no subject's."""
     while (thing := sample_thing(rng, kind)).combination in _HELD_OUT:
         pass
     return thing
@@ -112,7 +125,7 @@ def _with_company(rng: np.random.Generator, thing: Thing, alone: float) -> Scene
     """The thing large and in front; unless alone, one smaller thing of another kind behind it."""
     if rng.random() < alone:
         return _compose(rng, (thing,), (13, 21))
-    while (other := _sample_allowed(rng)).kind == thing.kind:
+    while (other := sample_allowed(rng)).kind == thing.kind:
         pass
     return _compose(rng, (other, thing), (7.5, 10), (12.5, 17))
 

@@ -1,6 +1,6 @@
 """tiny-sd's tokenizer: CLIP's byte-pair encoding with only its commonest merges and those that the tiny world's words need.
 
-What CLIP's 49,408 tokens spell, these 1,600 or so spell as well, in more pieces where a word is rare; the words of the tiny
+What CLIP's 49,408 tokens spell, these 1,600 spell as well, in more pieces where a word is rare; the words of the tiny
 world and of DreamBooth's prompts stay the single tokens they are in CLIP, and so does the identifier `sks`.
 """
 
@@ -8,8 +8,12 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import CLIPTokenizer
 
 from etherdiff.shipped import shipped_config
 from etherdiff.subjects import LIVE_PROMPTS, OBJECT_PROMPTS, SUBJECT_CLASSES
@@ -37,6 +41,12 @@ def write_tokenizer(folder: Path) -> None:
     vocabulary = {token: index for index, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(merge) for merge in kept), ""]), encoding="utf-8")
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> NDArray[np.uint16]:
+    """Token ids (N, 77), padded as the pipeline pads them."""
+    options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+    return np.array(tokenizer(list(captions), **options)["input_ids"], np.uint16)
 
 
 def world_words() -> set[str]:

@@ -1,0 +1,143 @@
+"""The models that come with the package: ordinary folders that open as float32, and good at what the tests use them for."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPModel,
+    ResNetForImageClassification,
+    UperNetForSemanticSegmentation,
+)
+
+from etherdiff.models import find_base, load_base, make_pipeline
+from etherdiff.sampling import sample
+from etherdiff.shipped import ASSETS
+from etherdiff.tiny import tiny_folder
+from etherdiff.tiny.builder import clip, dino, features, upernet
+from etherdiff.tiny.builder.autoencoder import psnr
+from etherdiff.tiny.builder.data import scene_set, to_tensor
+from etherdiff.tiny.builder.tokenizer import write_tokenizer
+from etherdiff.tiny.judge import judge
+from etherdiff.tiny.world import CLASSES, render_scene
+
+TINY = ASSETS / "tiny"
+FOLDERS = ("sd", "clip", "dino", "upernet", "features")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return scene_set("test", 202, tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    return UperNetForSemanticSegmentation.from_pretrained(TINY / "upernet").eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_each_folder_has_a_card_and_safetensors_only(name):
+    card = (TINY / name / "README.md").read_text(encoding="utf-8")
+    assert "license: apache-2.0" in card
+    assert "Held-out scores" in card
+    assert not [path for path in (TINY / name).rglob("*") if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+
+
+def test_all_of_it_is_small():
+    sizes = [path.stat().st_size for path in TINY.rglob("*") if path.is_file()]
+    assert sum(sizes) <= 40e6
+
+
+def test_plain_diffusers_opens_the_pipeline_in_float32():
+    """In a process that knows nothing of etherdiff."""
+    script = (
+        "import sys, json, diffusers\n"
+        "p = diffusers.StableDiffusionPipeline.from_pretrained(sys.argv[1])\n"
+        "parts = (p.unet, p.vae, p.text_encoder)\n"
+        "print(json.dumps(sorted({str(x.dtype) for part in parts for x in part.parameters()})), 'etherdiff' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", script, str(tiny_folder())], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ['["torch.float32"]', "False"]
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("clip", CLIPModel),
+        ("dino", AutoModel),
+        ("upernet", UperNetForSemanticSegmentation),
+        ("features", ResNetForImageClassification),
+    ],
+)
+def test_plain_transformers_opens_the_evaluators_in_float32(name, model):
+    loaded = model.from_pretrained(TINY / name)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+
+
+def test_the_clip_folder_has_its_processor():
+    processor = AutoProcessor.from_pretrained(TINY / "clip")
+    batch = processor(text=["a photo of a red ball"], images=[np.zeros((64, 64, 3), np.uint8)], return_tensors="pt")
+    assert batch["pixel_values"].shape == (1, 3, 64, 64)
+
+
+def test_the_tokenizer_is_what_its_builder_writes(tmp_path):
+    write_tokenizer(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        assert (tmp_path / name).read_bytes() == (tiny_folder() / "tokenizer" / name).read_bytes()
+
+
+def test_the_label_names_are_the_worlds(segmenter):
+    assert tuple(segmenter.config.id2label[index] for index in range(len(CLASSES))) == CLASSES
+    assert json.loads((TINY / "upernet" / "config.json").read_text())["backbone_config"]["patch_size"] == 2
+
+
+def test_the_autoencoder_keeps_test_scenes(scenes):
+    assert psnr(StableDiffusionPipeline.from_pretrained(tiny_folder()).vae, scenes) >= 28
+
+
+def test_the_segmenter_sees_test_scenes(segmenter, scenes):
+    assert upernet.segmentation_scores(segmenter, scenes)["miou"] >= 0.9
+
+
+def test_clip_finds_the_caption_of_a_test_scene(scenes):
+    model = CLIPModel.from_pretrained(TINY / "clip").eval()
+    assert clip.retrieval(model, AutoTokenizer.from_pretrained(TINY / "clip"), scenes)["full_top1"] >= 0.9
+
+
+def test_dino_knows_a_test_thing_again(tmp_path):
+    scores = dino.triples(AutoModel.from_pretrained(TINY / "dino").eval(), dino.thing_views("test", 150, 2, tmp_path))
+    assert scores["same_kind"] >= 0.95
+
+
+def test_the_features_know_what_is_in_a_scene(scenes):
+    model = ResNetForImageClassification.from_pretrained(TINY / "features").eval().requires_grad_(False)
+    assert features.label_scores(model, scenes)["mean_average_precision"] >= 0.8
+
+
+def judged(segmenter, count):
+    """Draw test captions; shares of right skies, grounds, kinds and colours. `scripts/measure_tiny.py` does 200."""
+    pipeline, judgements = make_pipeline(load_base(find_base("tiny"))), []
+    for index in range(count):
+        scene = render_scene("test", index)
+        image = np.asarray(sample(pipeline, scene.caption, [index], 64)[0])
+        seen = segmenter(to_tensor(image[None])).logits.argmax(1)[0].numpy().astype(np.uint8)
+        judgements.append(judge(image, seen, scene.sky, scene.ground, scene.things))
+    return {
+        "place": np.mean([right for j in judgements for right in (j.sky, j.ground)]),
+        "kind": np.mean([right for j in judgements for right in j.kinds]),
+        "colour": np.mean([right for j in judgements for right in j.colours]),
+    }
+
+
+def test_the_base_draws_what_a_few_test_captions_ask_for(segmenter):
+    shares = judged(segmenter, 12)
+    assert shares["place"] >= 0.85
+    assert shares["kind"] >= 0.6
+    assert shares["colour"] >= 0.4
