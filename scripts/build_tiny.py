@@ -1,7 +1,7 @@
 """Render the tiny world and train everything that comes with etherdiff: about four hours on 2 cores; stop and go on at will.
 
-    python scripts/build_tiny.py            # everything that is not yet complete, in order
-    python scripts/build_tiny.py unet       # one stage
+    python scripts/build_tiny.py            # everything that is not in --output yet, in order
+    python scripts/build_tiny.py unet       # one stage, also where it is there
 
 Checkpoints and sample sheets are kept in --work; learning curves end in --curves.
 """
@@ -13,19 +13,21 @@ from typing import Annotated
 
 import typer
 
-STAGES = {
-    "tokenizer": ("pipeline", "build_tokenizer"),
-    "autoencoder": ("pipeline", "build_autoencoder"),
-    "unet": ("pipeline", "build_unet"),
-    "clip": ("clip", "build"),
-    "dino": ("dino", "build"),
-    "upernet": ("upernet", "build"),
-    "features": ("features", "build"),
+STAGES = {  # module, function, and a file that is there when it is done
+    "tokenizer": ("pipeline", "build_tokenizer", "sd/tokenizer/vocab.json"),
+    "autoencoder": ("pipeline", "build_autoencoder", "sd/vae/config.json"),
+    "unet": ("pipeline", "build_unet", "sd/unet/config.json"),
+    "clip": ("clip", "build", "clip/config.json"),
+    "dino": ("dino", "build", "dino/config.json"),
+    "upernet": ("upernet", "build", "upernet/config.json"),
+    "features": ("features", "build", "features/config.json"),
 }
 
 
 def main(
-    stages: Annotated[list[str] | None, typer.Argument(help=f"any of {', '.join(STAGES)} [default: all]")] = None,
+    stages: Annotated[
+        list[str] | None, typer.Argument(help=f"any of {', '.join(STAGES)} [default: all that are missing]")
+    ] = None,
     work: Annotated[Path, typer.Option(help="scenes, checkpoints and logs")] = Path("build/tiny"),
     output: Annotated[Path, typer.Option(help="where the finished models go")] = Path("etherdiff/assets/tiny"),
     curves: Annotated[Path, typer.Option(help="where the learning curves go")] = Path("benchmarks/tiny_training"),
@@ -39,8 +41,9 @@ def main(
     import torch
 
     torch.set_num_threads(threads)
-    for stage in stages or STAGES:
-        module, function = STAGES[stage]
+    missing = [stage for stage, (*_, done) in STAGES.items() if not (output / done).exists()]
+    for stage in stages or missing:
+        module, function, _ = STAGES[stage]
         build = getattr(importlib.import_module(f"etherdiff.tiny.builder.{module}"), function)
         build(work, output, fraction)
         if (work / stage / "log.jsonl").exists():

@@ -245,5 +245,5 @@ def test_every_stage_of_the_script_is_there():
     spec = importlib.util.spec_from_file_location("build_tiny", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    for module, function in script.STAGES.values():
+    for module, function, _ in script.STAGES.values():
         assert callable(getattr(importlib.import_module(f"etherdiff.tiny.builder.{module}"), function))

@@ -53,7 +53,7 @@ def _rendered(split: str, count: int, work: Path) -> Path | None:
 
 def to_tensor(images: NDArray[np.uint8]) -> torch.Tensor:
     """(B, 64, 64, 3) bytes to (B, 3, 64, 64) float32 in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def in_two_processes(render: Callable[[int], Any], starts: range) -> list[Any]:

@@ -14,7 +14,7 @@ from etherdiff.tiny.builder.evaluator import NORMALISATION, evaluator_folder, in
 from etherdiff.tiny.builder.training import Schedule, train
 from etherdiff.tiny.world import CLASSES
 
-SCHEDULE = Schedule(steps=1_200, learning_rate=1.5e-3, warmup=100, weight_decay=0.05, ema=0.99, evaluate_every=300)
+SCHEDULE = Schedule(steps=3_600, learning_rate=1.5e-3, warmup=100, weight_decay=0.05, ema=0.99, evaluate_every=200)
 BATCH = 32
 SCENES, VALIDATION, TEST = 60_000, 200, 1_000
 
@@ -58,20 +58,24 @@ def make_model() -> UperNetForSemanticSegmentation:
     backbone = ConvNextConfig(
         image_size=64,
         patch_size=2,
-        hidden_sizes=[32, 64, 96, 160],
-        depths=[1, 2, 2, 2],
-        layer_scale_init_value=0.1,  # the usual 1e-6 leaves the blocks idle in so short a training
+        hidden_sizes=[32, 64, 128, 192],
+        depths=[1, 1, 3, 1],
+        layer_scale_init_value=0.5,  # the usual 1e-6 leaves the blocks idle in so short a training
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
     config = UperNetConfig(
         backbone_config=backbone,
-        hidden_size=64,
+        hidden_size=48,
         pool_scales=[1, 2],
         use_auxiliary_head=False,
         id2label=dict(enumerate(CLASSES)),
         label2id={name: index for index, name in enumerate(CLASSES)},
     )
-    return UperNetForSemanticSegmentation(config)
+    model = UperNetForSemanticSegmentation(config)
+    for module in model.backbone.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):  # transformers' 0.02 is for wide layers: these would hardly do anything
+            nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    return model
 
 
 def draw_batch(rng: np.random.Generator, scenes: SceneSet) -> tuple[Tensor, Tensor]:
