@@ -4,17 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench soak clean
 
 demo: $(READY)            ## the whole job on the tiny base, into demo/
 	rm -rf demo
 	$(BIN)/etherdiff demo --output demo
 
 test: $(READY) lint       ## style, types and the quick tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(READY) lint   ## the slow proofs as well
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -23,6 +23,9 @@ lint: $(READY)
 
 bench: $(READY)           ## what an adapter costs, beside its peers (about 15 minutes on 2 cores)
 	$(BIN)/python benchmarks/adapter_step.py --json benchmarks/adapter_step.json
+
+soak: $(READY)            ## kill, corrupt and resume a tiny run 50 times (about 20 minutes); KILLS=5 for a short one
+	$(BIN)/python benchmarks/soak.py --kills $(or $(KILLS),50)
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

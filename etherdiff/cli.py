@@ -11,7 +11,8 @@ from typing import Annotated, Any, Optional, get_args, get_origin
 import typer
 
 from etherdiff import __version__
-from etherdiff.errors import ProofError, UserError
+from etherdiff.errors import ProofError, RunError, Stopped, UserError
+from etherdiff.signals import stop_signals
 
 app = typer.Typer(
     name="etherdiff",
@@ -132,11 +133,15 @@ def train_dreambooth(config: ConfigOption = None, settings: SetOption = None, *,
 def resume(
     run: RunArgument,
     steps: Annotated[int | None, typer.Option(min=1, help="go on to this many steps in all")] = None,
+    on_nan: Annotated[str | None, typer.Option(help="from here on, a step that gives NaN: stop or skip")] = None,
 ) -> None:
     """Go on with a run that was stopped, from its newest whole checkpoint; or extend a finished one with --steps."""
+    if on_nan not in (None, "stop", "skip"):
+        raise UserError(f"on_nan: must be stop or skip, not {on_nan!r}")
+    _relaunch_as_begun(run)
     from etherdiff.run import resume as resume_run
 
-    _say_next(resume_run(run, steps))
+    _say_next(resume_run(run, steps, on_nan))
 
 
 @app.command(rich_help_panel="Use the result")
@@ -183,6 +188,83 @@ def generate(
     source = g.run_source(run) if run is not None else g.Source(g.find_base(str(base)), adapter or [])
     g.notice(source.base)
     g.generate(source, options)
+
+
+@app.command("eval", rich_help_panel="Judge the result")
+def eval_command(
+    run: RunArgument,
+    prompts: Annotated[
+        Path | None, typer.Option(help="text file with a prompt per line, identifier included, instead of DreamBooth's 25")
+    ] = None,
+    num: Annotated[int, typer.Option(help="images per prompt")] = 4,
+    seed: Annotated[int, typer.Option(help="seed of a prompt's first image; the next ones count up")] = 0,
+    steps: Annotated[int, typer.Option(help="denoising steps (DPM-Solver++)")] = 25,
+    batch_size: Annotated[int, typer.Option(help="images drawn at once")] = 4,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps")] = "auto",
+    metrics: Annotated[
+        str | None, typer.Option(help="scores to compute, with commas between; all of a subject's, unless given")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="networks to score by, paper or tiny; that of the base, unless given")
+    ] = None,
+    backbone: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROLE=NAME", help="another network for dino, clip, lpips or fid: hub id or folder; repeatable"),
+    ] = None,
+    plain_clip_t: Annotated[bool, typer.Option("--plain-clip-t", help="CLIP-T to the prompts without the identifier")] = False,
+    checkpoint: Annotated[str, typer.Option(help="what to judge: last (the result), best or step-N")] = "last",
+    with_base: Annotated[bool, typer.Option("--base/--no-base", help="draw and score the base's own images beside")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace images made with other settings")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print metrics.json")] = False,
+) -> None:
+    """Draw a run's 25 prompts and score the images (DINO, CLIP-I, CLIP-T, LPIPS), with intervals, beside the base's."""
+    from etherdiff import evaluate as e
+
+    options = e.EvalOptions(
+        prompts=prompts,
+        num=num,
+        seed=seed,
+        steps=steps,
+        batch_size=batch_size,
+        device=device,
+        metrics=e.SUBJECT_METRICS if metrics is None else tuple(filter(None, map(str.strip, metrics.split(",")))),
+        preset=preset,
+        backbones=tuple(backbone or ()),
+        clip_t_prompt="without identifier" if plain_clip_t else "with identifier",
+        checkpoint=checkpoint,
+        base=with_base,
+        overwrite=overwrite,
+    )
+    result = e.evaluate(run, options)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(e.render(result))
+
+
+@app.command(rich_help_panel="Judge the result")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN", help="run folders that etherdiff eval has scored")],
+    anyway: Annotated[bool, typer.Option("--anyway", help="also scores that were not computed the same way, marked")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="print a Markdown table")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Put the scores of several runs in one table, if they were computed the same way; else say what differs."""
+    from etherdiff import compare as c
+
+    if markdown and as_json:
+        raise UserError("give either --markdown or --json")
+    columns = c.compare(runs, anyway)
+    if as_json:
+        typer.echo(json.dumps(c.as_json(columns), indent=2))
+    elif markdown:
+        typer.echo(c.as_markdown(columns))
+    else:
+        from rich.console import Console
+
+        Console().print(c.as_table(columns))
 
 
 @app.command(rich_help_panel="Use the result")
@@ -263,6 +345,17 @@ def demo(output: Annotated[Path, typer.Option(help="folder for everything the de
     run_demo(output)
 
 
+def _relaunch_as_begun(run: Path) -> None:
+    """A run of several processes goes on with as many: unless torchrun started this one, it becomes torchrun."""
+    from etherdiff.runfolder import recorded_processes
+
+    processes = recorded_processes(run)
+    if processes < 2 or "WORLD_SIZE" in os.environ:
+        return
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "etherdiff"]
+    os.execv(sys.executable, [sys.executable, *launch, *sys.argv[1:]])
+
+
 def _say_next(run: Path) -> None:
     from etherdiff.ui import say
 
@@ -288,16 +381,25 @@ def _root(
 
 
 def main() -> None:
-    """The program: status 0 done, 1 it ran and failed, 2 what the user gave is wrong."""
+    """The program: status 0 done, 1 it ran and failed, 2 what the user gave is wrong, 128 + N stopped by signal N."""
     try:
-        app()
+        with stop_signals():
+            app()
     except UserError as error:
-        for problem in error.problems if os.environ.get("RANK", "0") == "0" else ():  # once under torchrun
-            print(f"error: {problem}", file=sys.stderr)
+        _print_once([f"error: {problem}" for problem in error.problems])
         sys.exit(2)
-    except ProofError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ProofError, RunError) as error:
+        _print_once([f"error: {error}"])
         sys.exit(1)
+    except Stopped as stop:
+        _print_once([str(stop)])
+        sys.exit(128 + stop.number)
+
+
+def _print_once(lines: list[str]) -> None:
+    """To stderr, by the first process of a torchrun launch."""
+    for line in lines if os.environ.get("RANK", "0") == "0" else ():
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

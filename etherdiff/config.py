@@ -57,7 +57,14 @@ class TrainConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63, description="everything random follows from it")
 
     checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
-    eval_every: int = Field(200, ge=1, description="steps between validation losses (fixed noise and timesteps)")
+    keep: int | None = Field(None, ge=1, description="newest checkpoints to keep; best/ is never removed [default: all]")
+    on_nan: Literal["stop", "skip"] = Field(
+        "stop", description="a step whose loss or gradient is NaN or infinite: stop or skip"
+    )
+    eval_every: int = Field(200, ge=1, description="steps between validation losses and scores (fixed noise, prompts, seeds)")
+    eval_scores: Literal["auto", "on", "off"] = Field(
+        "auto", description="DINO and CLIP-T along the way, and best/; auto: where the networks need no download"
+    )
     sample_every: int | None = Field(None, ge=1, description="steps between sample images [default: none]")
     sample_prompts: tuple[str, ...] | None = Field(None, description="what to sample; repeat for several")
     sample_count: int = Field(4, ge=1, description="sample images per prompt")
@@ -65,10 +72,22 @@ class TrainConfig(BaseModel):
     overwrite: bool = Field(False, description="replace an existing run folder")
     dry_run: bool = Field(False, description="check everything, print size, memory and time, and stop")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_nul(cls, value: Any) -> Any:
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("must not hold a NUL character")  # no path has one, and nobody types it
+        return value
+
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _no_is_no_boolean(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML reads a bare `no` so
+
+    @field_validator("eval_scores", mode="before")
+    @classmethod
+    def _on_and_off_are_no_booleans(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # as above
 
 
 class DreamBoothConfig(TrainConfig):
@@ -92,12 +111,12 @@ class DreamBoothConfig(TrainConfig):
     flip: bool = Field(False, description="mirror half of the samples")
     skip_bad: bool = Field(False, description="leave unreadable images out instead of stopping")
 
-    @field_validator("subject")
+    @field_validator("subject", "identifier", "class_noun")
     @classmethod
-    def _subject_is_named(cls, subject: str) -> str:
-        if not subject.strip():
+    def _is_named(cls, name: str | None) -> str | None:
+        if name is not None and not name.strip():
             raise ValueError("must not be empty")
-        return subject
+        return name
 
     @property
     def crops_per_image(self) -> int:
@@ -136,17 +155,22 @@ def load_run_config(cls: type[C], settings: dict[str, Any]) -> C:
         raise UserError([_explain(cls, detail) for detail in error.errors()]) from None
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def load_yaml(path: Path) -> Any:
+    """What a YAML file holds, if it is a plain one. UserError says what is wrong with it."""
     try:
         if path.stat().st_size > MAX_RECIPE_BYTES:
             raise UserError(f"{path}: too large for a recipe ({path.stat().st_size:,} bytes)")
-        content = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+        return yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such recipe file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     except NOT_YAML as error:
         raise UserError(f"{path}: is not valid YAML: {error}") from error
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    content = load_yaml(path)
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

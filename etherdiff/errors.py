@@ -11,3 +11,19 @@ class UserError(Exception):
 
 class ProofError(RuntimeError):
     """What was written does not do what the adapted model does, and has been removed; the CLI exits with status 1."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on: no memory, no disk, numbers that are none. What is saved stays; the CLI exits with status 1."""
+
+
+class NotFiniteError(RunError):
+    """The loss or its gradient is NaN or infinite, and the step was not made."""
+
+
+class Stopped(BaseException):  # like KeyboardInterrupt, not to be taken for a failure by `except Exception`
+    """A signal asked the program to stop; the CLI exits with status 128 + its number."""
+
+    def __init__(self, number: int, message: str = "stopped") -> None:
+        self.number = number
+        super().__init__(message)

@@ -2,31 +2,48 @@
 
 import hashlib
 import os
+import re
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from etherdiff.leftovers import aside
+
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file aside and rename it into place.
+    """Write a safetensors file aside and rename it into place. OSError where the disk does not take it.
 
     It gets the permissions that any new file gets: safetensors' own are the owner's alone.
     """
-    aside = _aside(path, "partial")
+    unfinished = aside(path)
     try:
-        aside.touch()
-        mode = aside.stat().st_mode
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, aside, metadata={"format": "pt", **(metadata or {})})
-        aside.chmod(mode)
-        aside.replace(path)
+        try:
+            save_file(contiguous, unfinished, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:
+            raise _os_error(error, path) from error
+        unfinished.chmod(mode)
+        unfinished.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file whole, flushed to the disk."""
+    unfinished = aside(path)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        flush(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def file_hash(path: Path) -> str:
@@ -40,15 +57,15 @@ def staged_folder(folder: Path) -> Iterator[Path]:
     """A new, empty folder which takes the place of `folder`, whole and flushed to the disk, when the block ends.
 
     If the block raises, or the process dies in it, `folder` is as it was. The exchange is two renames: a process
-    killed between them leaves the old content beside, as `.NAME.….old`.
+    killed between them leaves the old content beside, where `clear_leftovers` finds it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staged, old = _aside(folder, "partial"), _aside(folder, "old")
+    staged, old = aside(folder), aside(folder, "old")
     staged.mkdir()
     try:
         yield staged
         for path in [*staged.rglob("*"), staged]:
-            _flush(path)
+            flush(path)
         if folder.exists():
             folder.rename(old)
         try:
@@ -57,20 +74,22 @@ def staged_folder(folder: Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(folder)
             raise
-        _flush(folder.parent)
+        flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _aside(path: Path, what: str) -> Path:
-    """A name beside `path` that no other process, thread or container uses."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.{what}")
-
-
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file's content, or a folder's names, written to the disk itself."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _os_error(error: SafetensorError, path: Path) -> Exception:
+    """What safetensors says of the system, as the system's own error."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error

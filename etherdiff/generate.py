@@ -11,7 +11,7 @@ from etherdiff.adapters.io import load_adapters
 from etherdiff.devices import device_problem, resolve_device
 from etherdiff.errors import UserError
 from etherdiff.models import Base, Parts, find_base, load_base, make_pipeline
-from etherdiff.runfolder import read_settings
+from etherdiff.runfolder import check_adapter, read_settings
 from etherdiff.sampling import PAPER_SAMPLING, chunks, sample, save_images, sheet
 from etherdiff.tiny import RANDOM_WEIGHTS_NOTICE
 from etherdiff.ui import say, track, warn
@@ -68,6 +68,7 @@ def run_source(run: Path, parts: Parts = "weights") -> Source:
     folder, config, _ = read_settings(run)
     if not folder.adapter.is_dir():
         raise UserError(f"{run} has no adapter yet: the run has not finished (etherdiff resume {run})")
+    check_adapter(folder)
     return Source(find_base(config.base, config.prediction_type, parts), [folder.adapter])
 
 

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import re
-import uuid
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFile, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from etherdiff.errors import UserError
+from etherdiff.leftovers import aside
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif",
@@ -83,7 +83,7 @@ def read_image(path: Path) -> Image.Image:
     except _RefusedError as error:
         raise UnreadableImage(path, str(error)) from error
     except Image.DecompressionBombError as error:
-        raise UnreadableImage(path, f"decompression bomb: {_size_text(path)} pixels") from error
+        raise UnreadableImage(path, f"decompression bomb: {_size_text(path)}") from error
     except UnidentifiedImageError as error:
         raise UnreadableImage(path, _why_unidentified(path)) from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
@@ -230,7 +230,7 @@ def save_png(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text(_SETTINGS_CHUNK, json.dumps(settings, allow_nan=False))
     _add_unicode(chunks, "parameters", _webui_parameters(settings, image.size))
-    unfinished = path.with_name(f".{uuid.uuid4().hex}.tmp")  # same folder: os.replace must not cross file systems
+    unfinished = aside(path)
     try:
         image.save(unfinished, format="PNG", pnginfo=chunks)
         unfinished.replace(path)
@@ -313,7 +313,9 @@ def _size_text(path: Path) -> str:
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with Image.open(path, formats=_formats()) as image:  # reads the header only
-            return f"{image.width} x {image.height}"
+            return f"{image.width} x {image.height} pixels"
+    except Exception:  # what is behind the size that was refused can be damaged in any way
+        return "too many pixels"
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 

@@ -1,8 +1,8 @@
 """A run is a folder: what it was told, what it learned, and how it went."""
 
+import hashlib
 import json
 import platform
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -12,10 +12,12 @@ import torch
 import yaml
 
 from etherdiff import __version__
-from etherdiff.config import DreamBoothConfig, TrainConfig, load_run_config
+from etherdiff.config import DreamBoothConfig, TrainConfig, load_run_config, load_yaml
 from etherdiff.errors import UserError
+from etherdiff.files import file_hash, write_text
 
 TASKS = {"dreambooth": DreamBoothConfig}
+SEAL = "# sha256 of what follows: "
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
 
 
@@ -34,12 +36,23 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def adapter_manifest(self) -> Path:
+        return self.path / "adapter.sha256.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
     @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
+
+    def sample_sheet(self, step: int) -> Path:
+        return self.samples / f"step-{step:06d}.png"
 
     @property
     def logs(self) -> Path:
@@ -55,26 +68,87 @@ class RunFolder:
 
 
 def write_settings(run: RunFolder, task: str, config: TrainConfig, facts: dict[str, Any]) -> None:
-    """run.yaml: the resolved configuration, itself a recipe, and under `provenance` what else determined the result."""
-    versions = {"etherdiff": __version__, "python": platform.python_version()}
-    versions |= {name: metadata.version(name) for name in PACKAGES}
+    """run.yaml: the resolved configuration, itself a recipe, and under `provenance` what else determined the result.
+
+    facts win over what is found here. The first line is a hash of the rest, so that damage shows.
+    """
     content = config.model_dump(mode="json", exclude={"overwrite", "dry_run"})
-    content["provenance"] = {"task": task, "versions": versions, "threads": torch.get_num_threads(), **facts}
-    run.settings.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    found = {"task": task, "versions": installed_versions(), "threads": torch.get_num_threads()}
+    content["provenance"] = found | facts
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    write_text(run.settings, f"{SEAL}{_text_hash(text)}\n{text}")
 
 
-def read_settings(path: Path) -> tuple[RunFolder, TrainConfig, dict[str, Any]]:
-    """The folder, its configuration and its provenance. UserError where it is no run."""
-    run = RunFolder(path)
-    if not run.settings.is_file():
-        raise UserError(f"{path} is not a run folder: it has no run.yaml")
+def installed_versions() -> dict[str, str]:
+    """Versions of all that a result can depend on."""
+    return {
+        "etherdiff": __version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a run.yaml is what was written, to the byte."""
     try:
-        content = yaml.safe_load(run.settings.read_text(encoding="utf-8"))
+        first, _, rest = path.read_text(encoding="utf-8").partition("\n")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return first == SEAL + _text_hash(rest)
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_settings(path: Path, settings: Path | None = None) -> tuple[RunFolder, TrainConfig, dict[str, Any]]:
+    """The folder, its configuration and its provenance, from its run.yaml or from a copy. UserError where it is no run."""
+    run = RunFolder(path)
+    if not run.settings.is_file() and settings is None:
+        raise UserError(f"{path} is not a run folder: it has no run.yaml")
+    content = load_yaml(settings or run.settings)
+    try:
         provenance = content.pop("provenance")
         config_class = TASKS[provenance["task"]]
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{run.settings} is not what a run wrote ({error!r})") from error
     return run, load_run_config(config_class, content | {"output": str(path)}), provenance
+
+
+def recorded_processes(path: Path) -> int:
+    """How many processes began a run; 1 where that is not to be read."""
+    try:
+        return int(read_settings(path)[2].get("processes", 1))
+    except (UserError, TypeError, ValueError):
+        return 1
+
+
+def write_adapter_manifest(run: RunFolder) -> None:
+    """Record what the adapter's files are, for `check_adapter`."""
+    hashes = {path.name: file_hash(path) for path in sorted(run.adapter.iterdir())}
+    write_text(run.adapter_manifest, json.dumps(hashes, indent=2) + "\n")
+
+
+def check_adapter(run: RunFolder) -> None:
+    """UserError where the adapter is not what the run wrote, if the run recorded that."""
+    if not run.adapter_manifest.is_file():
+        return
+    try:
+        recorded = dict(json.loads(run.adapter_manifest.read_text(encoding="utf-8")))
+        damaged = [name for name in sorted(recorded) if not _holds(run.adapter, name, recorded[name])]
+    except (OSError, ValueError, TypeError) as error:
+        damaged = [f"{run.adapter_manifest.name} ({error})"]
+    if damaged:
+        raise UserError(
+            f"{run.adapter} is truncated, damaged or changed since the run wrote it: {', '.join(damaged)}. "
+            f"Write it again from the last checkpoint with: etherdiff resume {run.path}"
+        )
+
+
+def _holds(folder: Path, name: str, expected: str) -> bool:
+    """Whether a plain name in a folder has the content expected."""
+    path = folder / name
+    return path.parent == folder and path.is_file() and file_hash(path) == expected
 
 
 def append_metrics(run: RunFolder, row: dict[str, Any]) -> None:
@@ -96,7 +170,10 @@ def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
     return rows
 
 
-def truncate_metrics(run: RunFolder, step: int) -> None:
-    """Forget what was logged after `step`, which a resumed run will log again."""
-    rows: Iterable[dict[str, Any]] = [row for row in read_metrics(run) if row["step"] <= step]
-    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def restore_metrics(run: RunFolder, kept: Path | None, step: int) -> None:
+    """Put metrics.jsonl back to `step`: from the checkpoint's copy, or by forgetting what a resumed run will log again."""
+    if kept is not None and kept.is_file():
+        write_text(run.metrics, kept.read_text(encoding="utf-8"))
+        return
+    rows = [row for row in read_metrics(run) if row["step"] <= step]
+    write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))

@@ -223,7 +223,7 @@ def test_it_does_not_matter_what_is_measured_along_the_way(tmp_path, make_config
     ).read_bytes()
 
 
-def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not path.exists():
         assert process.poll() is None, process.stderr.read()

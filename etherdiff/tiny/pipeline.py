@@ -12,13 +12,12 @@ from etherdiff.paths import cache_dir
 from etherdiff.shipped import shipped_config
 from etherdiff.text_encoder_io import save_text_encoder
 
-RANDOM_WEIGHTS_NOTICE = "The tiny base has random weights: its pictures are noise, and only show that every step works."
 VERSION = 1  # of what is built here; a new one is built beside the old
 WIDTH = 32  # of the text embeddings
 
 
-def tiny_folder() -> Path:
-    """The tiny pipeline's folder, built in the cache on first use (2 s); the same bytes on every machine and call."""
+def random_folder() -> Path:
+    """Its folder, built in the cache on first use (2 s); the same bytes on every machine and call."""
     folder = cache_dir() / f"tiny-random-{VERSION}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Tensors computed once, kept in files named after everything that determines them."""
+"""Tensors computed once, kept in files named after everything that determines them, with a hash of their content."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -28,8 +29,17 @@ def cached(kind: str, key: dict[str, Any], compute: Callable[[], Tensors]) -> Te
         return found
     tensors = {name: tensor.contiguous() for name, tensor in compute().items()}  # as they will be read back
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(tensors, path, {"key": json.dumps(key)})
+    save_tensors(tensors, path, {"key": json.dumps(key), "sha256": content_hash(tensors)})
     return tensors
+
+
+def content_hash(tensors: Tensors) -> str:
+    """SHA-256 of names, types, shapes and values."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def _read(path: Path, key: dict[str, Any]) -> Tensors | None:
@@ -37,8 +47,10 @@ def _read(path: Path, key: dict[str, Any]) -> Tensors | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            if json.loads((file.metadata() or {}).get("key", "null")) != json.loads(json.dumps(key)):
+            made = file.metadata() or {}
+            if json.loads(made.get("key", "null")) != json.loads(json.dumps(key)):
                 return None
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        return tensors if content_hash(tensors) == made.get("sha256") else None
     except (SafetensorError, OSError, ValueError):
-        return None  # a torn file is as good as none
+        return None  # a damaged file is as good as none

@@ -1,11 +1,14 @@
 """Checkpoints: whole or absent, in safetensors and JSON.
 
     step-000200/  parameters.safetensors  optimizer.safetensors  [ema.safetensors]  state.json  manifest.json
+                  [metrics.jsonl  run.yaml  best/: what the run folder held at this step]
 
 The position in the data needs no file: it follows from the step (see randomness.py).
 """
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,9 @@ from etherdiff.files import file_hash, save_tensors, staged_folder
 from etherdiff.train.loop import TrainingState
 
 FORMAT = 1
-FILES = {"parameters.safetensors", "optimizer.safetensors", "state.json"}  # and ema.safetensors, with EMA
+FILES = {"parameters.safetensors", "optimizer.safetensors", "state.json"}
+BEST = {f"best/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "base.json", "best.json")}
+OPTIONAL = {"ema.safetensors", "metrics.jsonl", "run.yaml"} | BEST
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -26,8 +31,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
-def save_checkpoint(state: TrainingState, folder: Path, accelerator: Accelerator) -> Path:
-    """Write the state aside, flush it to the disk, then rename it into place: a kill at any moment leaves no half."""
+def save_checkpoint(state: TrainingState, folder: Path, accelerator: Accelerator, records: Sequence[Path] = ()) -> Path:
+    """Write the state aside, flush it to the disk, then rename it into place: a kill at any moment leaves no half.
+
+    records: files and folders of the run folder that are kept with it, where they are there.
+    """
     path = checkpoint_path(folder, state.step)
     optimizer_tensors, optimizer_numbers = _optimizer_state(state)
     numbers: dict[str, Any] = {
@@ -44,8 +52,14 @@ def save_checkpoint(state: TrainingState, folder: Path, accelerator: Accelerator
         if state.ema is not None:
             averages = dict(zip(state.parameters, state.ema.shadow_params, strict=True))
             save_tensors(averages, staged / "ema.safetensors")
+        for record in records:
+            if record.is_dir():
+                shutil.copytree(record, staged / record.name)
+            elif record.exists():
+                shutil.copyfile(record, staged / record.name)
         (staged / "state.json").write_text(json.dumps(numbers, indent=2, sort_keys=True))
-        manifest = {file.name: file_hash(file) for file in sorted(staged.iterdir())}
+        files = [path for path in sorted(staged.rglob("*")) if path.is_file()]
+        manifest = {file.relative_to(staged).as_posix(): file_hash(file) for file in files}
         (staged / "manifest.json").write_text(json.dumps(manifest, indent=2))
     return path
 
@@ -81,6 +95,13 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
+def remove_old_checkpoints(folder: Path, keep: int, step: int) -> None:
+    """Of the checkpoints up to `step`, leave the newest `keep`; later ones, of a timeline that was left, do not count."""
+    older = sorted((path for path in folder.glob("step-*") if 0 <= _step_of(path) <= step), key=_step_of)
+    for path in older[: max(len(older) - keep, 0)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def read_step(path: Path) -> int:
     """The step a whole checkpoint was written at."""
     return int(json.loads((path / "state.json").read_text())["step"])
@@ -96,6 +117,8 @@ def _damage(path: Path) -> str | None:
         manifest = json.loads((path / "manifest.json").read_text())
         if not isinstance(manifest, dict) or not manifest.keys() >= FILES:
             return "its manifest does not name its files"
+        if not manifest.keys() <= FILES | OPTIONAL:
+            return "its manifest names files that are none of a checkpoint's"
         for name, expected in manifest.items():
             if file_hash(path / name) != expected:
                 return f"{name} is not what was written"

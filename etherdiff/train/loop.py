@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from torch import Tensor, nn
 
 from etherdiff.config import TrainConfig
 from etherdiff.devices import resolve_device
+from etherdiff.errors import NotFiniteError
 from etherdiff.train.randomness import Draw, integer
 
 Batch = dict[str, Tensor]
 Loader = Callable[[int], list[Batch]]
 """This process's micro-batches of an optimizer step, `gradient_accumulation` of them, on the CPU."""
 OnStep = Callable[["TrainingState", float], None]
-"""Called after each optimizer step with the mean loss of the whole batch over all processes."""
+"""Called after each optimizer step with the mean loss of the whole batch over all processes; NaN: it was skipped."""
+HOPELESS = 100
+"""Skipped steps in a row after which a run stops, whatever it was told."""
 
 
 @dataclass
@@ -79,18 +83,55 @@ def prepare_training(task: nn.Module, config: TrainConfig, accelerator: Accelera
     return TrainingState(task, optimizer, lr_scheduler, ema, parameters)
 
 
-def fit(state: TrainingState, loader: Loader, config: TrainConfig, accelerator: Accelerator, on_step: OnStep) -> None:
-    """Train from `state.step` to `config.steps`."""
+def fit(
+    state: TrainingState,
+    loader: Loader,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    on_step: OnStep,
+    stopping: Callable[[], bool] = lambda: False,
+) -> None:
+    """Train from `state.step` to `config.steps`, or until `stopping` says so between two steps.
+
+    A step whose loss or gradient is not finite changes nothing; NotFiniteError there, unless the run is to skip such steps.
+    """
     state.task.train()
-    while state.step < config.steps:
+    skipped = 0
+    while state.step < config.steps and not stopping():
         loss = optimizer_step(state, loader(state.step), config, accelerator)
-        state.step += 1
+        skipped = 0 if isfinite(loss) else skipped + 1
+        if skipped and (config.on_nan == "stop" or skipped == HOPELESS):
+            raise NotFiniteError(_not_finite(state, config, skipped))
+        advance(state, moved=not skipped)
         on_step(state, loss)
 
 
+def advance(state: TrainingState, moved: bool) -> None:
+    """Count a step: the schedule, and where the weights moved their average."""
+    state.learning_rate = state.lr_scheduler.get_last_lr()[0]
+    state.lr_scheduler.step()
+    if state.ema is not None and moved:
+        state.ema.step(state.parameters.values())
+    state.step += 1
+
+
+def _not_finite(state: TrainingState, config: TrainConfig, skipped: int) -> str:
+    what = "the loss or its gradient is NaN or infinite"
+    rate = f"a lower --learning-rate than {config.learning_rate:g}" if config.learning_rate else "a lower --learning-rate"
+    if config.on_nan == "skip":
+        return f"{what} for {skipped} steps up to step {state.step + 1}: skipping does not help; start again with {rate}"
+    return (
+        f"{what} at step {state.step + 1}; the weights are as they were before it. "
+        f"Start again with {rate}, or with --on-nan skip, which leaves such steps out"
+    )
+
+
 def optimizer_step(state: TrainingState, batches: list[Batch], config: TrainConfig, accelerator: Accelerator) -> float:
-    """One update from the micro-batches' mean gradient; returns their mean loss over all processes."""
-    losses = []
+    """One update from the micro-batches' mean gradient; returns their mean loss over all processes.
+
+    NaN, and no update, where the loss or its gradient is not finite.
+    """
+    losses, mean = [], nan
     for part, batch in enumerate(batches):
         with accelerator.accumulate(state.task), _dropout_randomness(config, state.step, part, accelerator):
             with accelerator.autocast():
@@ -98,14 +139,15 @@ def optimizer_step(state: TrainingState, batches: list[Batch], config: TrainConf
             accelerator.backward(loss)
             losses.append(loss.detach())
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(state.parameters.values(), config.max_grad_norm)
-            state.optimizer.step()
+                norm = accelerator.clip_grad_norm_(state.parameters.values(), config.max_grad_norm)
+                mean = float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
+                # fp16: gradients overflow now and then, and the scaler itself leaves the step out
+                if accelerator.scaler is not None or (isfinite(mean) and isfinite(float(norm))):
+                    state.optimizer.step()
+                else:
+                    mean = nan
             state.optimizer.zero_grad()
-    state.learning_rate = state.lr_scheduler.get_last_lr()[0]
-    state.lr_scheduler.step()
-    if state.ema is not None:
-        state.ema.step(state.parameters.values())
-    return float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
+    return mean
 
 
 @contextmanager

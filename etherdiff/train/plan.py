@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from etherdiff.config import DreamBoothConfig, TrainConfig
 from etherdiff.devices import device_problem, resolve_device
 from etherdiff.errors import UserError
 from etherdiff.images import UnreadableImage, read_images
+from etherdiff.locks import LOCK
 from etherdiff.models import Base, find_base, load_tokenizer
 from etherdiff.paths import data_root
 from etherdiff.subjects import find_subject
@@ -52,7 +54,7 @@ class Problems:
             return action()
         except UserError as error:
             self.found += error.problems
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             self.found.append(str(error))
         return None
 
@@ -82,7 +84,10 @@ def plan_dreambooth(config: DreamBoothConfig, resuming: bool = False) -> DreamBo
     problems.found += machine_problems(config)
     output = config.output or Path("runs") / f"{Path(config.subject).name}-{config.method}"
     if not resuming:
-        problems.found += output_problems(output, config.overwrite)
+        problems.found += problems.attempt(lambda: output_problems(output, config.overwrite)) or []
+    subject_prompt, class_prompt = f"a photo of {config.identifier} {class_noun}", f"a photo of {class_noun}"
+    if base is not None:
+        problems.found += problems.attempt(lambda: prompt_problems(base, subject_prompt)) or []
     problems.raise_if_any()
     assert base is not None
     assert options is not None
@@ -108,8 +113,8 @@ def plan_dreambooth(config: DreamBoothConfig, resuming: bool = False) -> DreamBo
         base=base,
         options=options,
         images=images,
-        subject_prompt=f"a photo of {config.identifier} {class_noun}",
-        class_prompt=f"a photo of {class_noun}",
+        subject_prompt=subject_prompt,
+        class_prompt=class_prompt,
         output=output,
         resolution=resolution,
     )
@@ -148,12 +153,29 @@ def output_problems(output: Path, overwrite: bool) -> list[str]:
         return []
     if output.exists() and not output.is_dir():
         return [f"output: {output} is a file"]
-    if output.is_dir() and any(output.iterdir()):
+    parent = next(path for path in [output, *output.absolute().parents] if path.exists())
+    if not parent.is_dir():
+        return [f"output: {parent} is a file"]
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return [f"output: {parent} is read-only; choose another folder"]
+    if output.is_dir() and any(path.name != LOCK for path in output.iterdir()):
         if not (output / "run.yaml").is_file():
             return [f"output: {output} holds something that is not a run; choose another folder"]
         if not overwrite:
             return [f"output: {output} holds a run; resume it (etherdiff resume {output}) or pass --overwrite"]
     return []
+
+
+def prompt_problems(base: Base, prompt: str) -> list[str]:
+    """Why the text encoder would not read the whole prompt."""
+    tokenizer = load_tokenizer(base)
+    tokens = len(tokenizer(prompt).input_ids)
+    if tokens <= tokenizer.model_max_length:
+        return []
+    return [
+        f"identifier, class_noun: their prompt is {tokens} tokens long, and the text encoder reads "
+        f"{tokenizer.model_max_length}: shorten them"
+    ]
 
 
 def _try_adapter(base: Base, method: str, options: MethodOptions) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from etherdiff.config import DreamBoothConfig
 from etherdiff.images import read_image, resize_and_crop, save_png, to_array
+from etherdiff.leftovers import clear_leftovers
 from etherdiff.models import StableDiffusion, encode_prompts, make_pipeline
 from etherdiff.paths import cache_dir
 from etherdiff.sampling import chunks, sample
@@ -31,6 +32,8 @@ def prepare_data(
 ) -> DreamBoothData:
     """All that the training loop will read; `hashes` is the base's fingerprint. Uses the model's parts where needed."""
     config, device = plan.config, accelerator.device
+    if accelerator.is_main_process:
+        clear_leftovers(cache_dir())
     class_images = make_class_images(plan, model, hashes, accelerator) if config.prior_preservation else []
     with accelerator.main_process_first():  # the others find it in the cache
         moments = cached_moments(model.vae.to(device), plan.images, config, hashes, "the subject's images")
@@ -99,7 +102,7 @@ def cached_moments(
     random_crops = [config.crops_per_image, config.seed] if config.crop == "random" else None
     key = {
         "vae": hashes.get("vae") or hashes["single_file"],
-        "images": _pixels_digest(images),
+        "images": pixels_digest(images),
         "resolution": resolution,
         "random_crops": random_crops,
         "flip": config.flip,
@@ -150,7 +153,7 @@ def encode_images(vae: AutoencoderKL, windows: Sequence[Sequence[Image.Image]], 
     return {"mean": mean.reshape(shape), "std": std.reshape(shape)}
 
 
-def _pixels_digest(images: Sequence[Image.Image]) -> str:
+def pixels_digest(images: Sequence[Image.Image]) -> str:
     """A name for what the images show, whatever their files are called."""
     total = hashlib.sha256()
     for image in images:

@@ -1,22 +1,29 @@
 """What happens beside the loop after each step: metrics, tracker, validation, sample images, checkpoints."""
 
 from collections.abc import Callable
+from math import isfinite
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 
+from etherdiff import signals
 from etherdiff.config import TrainConfig
+from etherdiff.errors import RunError, Stopped
+from etherdiff.files import flush
 from etherdiff.runfolder import RunFolder, append_metrics
-from etherdiff.train.checkpoint import save_checkpoint
+from etherdiff.train.checkpoint import remove_old_checkpoints, save_checkpoint
 from etherdiff.train.loop import Batch, TrainingState, on_device
-from etherdiff.ui import progress_bar
+from etherdiff.ui import progress_bar, warn
 
 T = TypeVar("T")
 
 
 class Recorder:
-    """A context whose `on_step` the loop calls; `validation` are batches that never change."""
+    """A context whose `on_step` the loop calls; `validation` are batches that never change.
+
+    The tracker, the sample images and the scores are extras: where they fail, the run says so and goes on.
+    """
 
     def __init__(
         self,
@@ -24,16 +31,18 @@ class Recorder:
         run: RunFolder,
         validation: list[Batch],
         draw_samples: Callable[[int], None] | None,
+        score_step: Callable[[int], dict[str, float]] | None,
         accelerator: Accelerator,
         started_at: int,
     ) -> None:
         self.config, self.run, self.validation, self.accelerator = config, run, validation, accelerator
-        self.draw_samples = draw_samples
+        self.draw_samples, self.score_step = draw_samples, score_step
+        self.started_at = self.saved_at = started_at
         self.steps_done = 0
         self.bar = progress_bar()
         self.bar_task = self.bar.add_task("training", total=config.steps, completed=started_at, note="")
-        if config.tracker != "none":
-            accelerator.init_trackers("etherdiff")
+        self.tracking = config.tracker != "none"
+        self._try_tracker(self._start_tracker)
 
     def __enter__(self) -> "Recorder":
         self.bar.start()
@@ -45,24 +54,89 @@ class Recorder:
     def on_step(self, state: TrainingState, loss: float) -> None:
         """Called by the loop in every process."""
         self.steps_done += 1
-        step, main = state.step, self.accelerator.is_main_process
+        step = state.step
         values = {"loss": loss, "learning_rate": state.learning_rate}
+        if not isfinite(loss):
+            warn(f"step {step} was skipped: its loss or gradient is NaN or infinite")
         if self._is_due(self.config.eval_every, step):
             values["validation_loss"] = self._with_result(state, lambda: self._validation_loss(state))
-        self.accelerator.log(values, step=step)
-        if main:
-            append_metrics(self.run, {"step": step, **values})
+            values |= self._scores(state)
+        finite = {name: value for name, value in values.items() if isfinite(value)}
+        self._try_tracker(lambda: self.accelerator.log(finite, step=step))
+        if self.accelerator.is_main_process:
+            append_metrics(self.run, {"step": step, **{name: finite.get(name) for name in values}})
             self.bar.update(self.bar_task, completed=step, note=f"loss {loss:.4f}")
-            if self.draw_samples is not None and self._is_due(self.config.sample_every, step):
-                draw = self.draw_samples
-                self._with_result(state, lambda: draw(step))
+            self._draw_due_samples(state)
         if self._is_due(self.config.checkpoint_every, step):
-            if main:
-                save_checkpoint(state, self.run.checkpoints, self.accelerator)
-            self.accelerator.wait_for_everyone()
+            self.checkpoint(state)
+            if self.config.keep is not None and self.accelerator.is_main_process:
+                remove_old_checkpoints(self.run.checkpoints, self.config.keep, step)
+
+    def checkpoint(self, state: TrainingState) -> None:
+        """Save the state, if it has moved since it was saved. RunError where its weights are no numbers."""
+        if self.saved_at == state.step:
+            return
+        if not all(torch.isfinite(parameter).all() for parameter in state.parameters.values()):
+            raise RunError(
+                f"the weights became NaN or infinite by step {state.step}, so they were not saved; the checkpoints before are "
+                "whole. Start again with a lower --learning-rate"
+            )
+        if self.accelerator.is_main_process:
+            if self.run.metrics.exists():
+                flush(self.run.metrics)
+            records = [self.run.metrics, self.run.settings, self.run.best]
+            save_checkpoint(state, self.run.checkpoints, self.accelerator, records)
+        self.saved_at = state.step
+        self.accelerator.wait_for_everyone()
+
+    def catch_up(self, state: TrainingState) -> None:
+        """Draw the samples of the step a run resumes at, if it was stopped while it drew them."""
+        if self.accelerator.is_main_process and state.step and not self.run.sample_sheet(state.step).exists():
+            self._draw_due_samples(state)
 
     def _is_due(self, every: int | None, step: int) -> bool:
         return every is not None and (step % every == 0 or step == self.config.steps)
+
+    def _start_tracker(self) -> None:
+        # what an earlier session logged beyond the checkpoint is logged again: TensorBoard is told to forget it
+        resumed = {"tensorboard": {"purge_step": self.started_at + 1}} if self.config.tracker == "tensorboard" else {}
+        self.accelerator.init_trackers("etherdiff", init_kwargs=resumed if self.started_at else {})
+
+    def _try_tracker(self, action: Callable[[], None]) -> None:
+        if not self.tracking:
+            return
+        try:
+            action()
+        except Exception as error:  # a tracker raises its own, its network's, the disk's
+            self.tracking = False
+            warn(f"{self.config.tracker} failed ({_first_line(error)}): training goes on without it; metrics.jsonl has it all")
+
+    def _draw_due_samples(self, state: TrainingState) -> None:
+        draw, step = self.draw_samples, state.step
+        if draw is None or not self._is_due(self.config.sample_every, step):
+            return
+
+        def draw_until_stopped() -> None:
+            with signals.at_once():
+                draw(step)
+
+        try:
+            self._with_result(state, draw_until_stopped)
+        except Stopped:
+            return  # the loop asks for signals next; resuming draws them
+        except Exception as error:  # whatever a pipeline, a font or the disk raises
+            warn(f"the sample images of step {step} failed ({_first_line(error)}): training goes on")
+
+    def _scores(self, state: TrainingState) -> dict[str, float]:
+        """Scores of what would be saved now, in the first process and where they are wanted."""
+        score, step = self.score_step, state.step
+        if score is None:
+            return {}
+        try:
+            return self._with_result(state, lambda: score(step))
+        except Exception as error:  # whatever a pipeline, a network or the disk raises
+            warn(f"the scores of step {step} failed ({_first_line(error)}): training goes on")
+            return {}
 
     @torch.no_grad()
     def _validation_loss(self, state: TrainingState) -> float:
@@ -83,3 +157,7 @@ class Recorder:
             if state.ema is not None:
                 state.ema.restore(state.parameters.values())
             state.task.train()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

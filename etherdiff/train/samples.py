@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from etherdiff.config import TrainConfig
+from etherdiff.images import save_png
 from etherdiff.models import StableDiffusion, encode_prompts, make_pipeline
 from etherdiff.runfolder import RunFolder
 from etherdiff.sampling import PAPER_SAMPLING, chunks, sample, save_images, sheet
@@ -54,7 +55,7 @@ class Sampler:
             for name, source in (("base", self.base_pictures), (f"step {step}", pictures)):
                 rows.append([source[prompt, seed] for seed in seeds])
                 labels.append(f"{name}: {prompt}")
-        sheet(rows, labels, [f"seed {seed}" for seed in seeds]).save(self.run.samples / f"step-{step:06d}.png")
+        save_png(sheet(rows, labels, [f"seed {seed}" for seed in seeds]), self.run.sample_sheet(step), self._settings(step))
 
     def _settings(self, step: int) -> dict[str, Any]:
         return {"model": self.config.base, "method": self.config.method, "training_step": step, **PAPER_SAMPLING}

@@ -1,0 +1,58 @@
+"""Images inside the page, as small as they have to be for it to stay within its budget."""
+
+import base64
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from etherdiff.images import UnreadableImage, read_image
+from etherdiff.report.markup import Html, tag
+
+BUDGET = 12_000_000
+"""Characters of the page that images may take."""
+SIDES = (320, 224, 160, 112)
+"""Longest sides in pixels that thumbnails come in."""
+SMALL = 128
+"""Images up to this side are kept to the pixel, as PNG, and shown in squares."""
+QUALITY = 82
+_TYPICAL = 0.35  # characters of the page per pixel of a JPEG: base64 of a quarter of a byte
+
+
+class Album:
+    """Turns files into `img` elements. It is told how many will come, and chooses the side that all have room in.
+
+    Should they be larger than is typical, what no longer fits is named instead of shown.
+    """
+
+    def __init__(self, expected: int, budget: int = BUDGET) -> None:
+        self.budget = budget
+        self.spent = 0
+        self.not_shown = 0
+        fitting = (side for side in SIDES if expected * side * side * _TYPICAL <= budget)
+        self.side = next(fitting, SIDES[-1])
+
+    def picture(self, path: Path, alt: str) -> Html:
+        """The image; or, in its place, why it is not shown."""
+        try:
+            image = read_image(path)
+        except UnreadableImage as error:
+            return tag("span", f"unreadable: {error.why}", class_="no-image")
+        content, kind, class_ = _encode(image, self.side)
+        source = f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+        if self.spent + len(source) > self.budget:
+            self.not_shown += 1
+            return tag("span", "not shown", class_="no-image")
+        self.spent += len(source)
+        return tag("img", src=source, alt=alt, title=alt, width=image.width, height=image.height, class_=class_)
+
+
+def _encode(image: Image.Image, side: int) -> tuple[bytes, str, str | None]:
+    """File, kind and class of an RGB image, without what its file may tell besides."""
+    file = io.BytesIO()
+    if max(image.size) <= SMALL:
+        Image.frombytes("RGB", image.size, image.tobytes()).save(file, "PNG", optimize=True)
+        return file.getvalue(), "png", "pixels"
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    Image.frombytes("RGB", image.size, image.tobytes()).save(file, "JPEG", quality=QUALITY, optimize=True)
+    return file.getvalue(), "jpeg", None
