@@ -307,9 +307,8 @@ def test_a_run_folder_with_links_that_lead_out_is_not_resumed(name, copy, tmp_pa
 # --- Which checkpoints are kept ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", [1, 2])
-def test_only_the_newest_are_kept_and_best_is_never_touched(keep, whole, tmp_path, monkeypatch):
-    run = tmp_path / "run"
+def test_only_the_newest_are_kept_and_best_is_never_touched(tmp_path, monkeypatch):
+    run, keep = tmp_path / "run", 2
 
     def write_best():
         (run / "best").mkdir()

@@ -78,8 +78,8 @@ def load_checkpoint(state: TrainingState, path: Path, accelerator: Accelerator) 
     if accelerator.scaler is not None and numbers["grad_scaler"] is not None:
         accelerator.scaler.load_state_dict(numbers["grad_scaler"])
     if state.ema is not None:
-        shadow = load_file(path / "ema.safetensors", device=str(accelerator.device))
-        state.ema.shadow_params = [shadow[name] for name in state.parameters]
+        shadow = load_file(path / "ema.safetensors")
+        state.ema.shadow_params = [shadow[name].to(accelerator.device) for name in state.parameters]
         state.ema.optimization_step = numbers["ema_step"]
     state.step = numbers["step"]
 
