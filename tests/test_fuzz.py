@@ -178,6 +178,10 @@ def harmed_images(draw, whole=tuple(whole_images())):  # noqa: B008  made once
     return bytes(content)
 
 
+# a GIF of 12 x 9 pixels whose first frame ends at 120,000 x 120,000, and nothing after it: found by the test below
+HUGE_FRAME = b"GIF87a\x0c\0\x09\0\x86\0\0" + bytes(3 * 128) + b"," + b"\x60\xea" * 4 + b"\0"
+
+
 def read_as_image(path, content: bytes) -> None:
     path.write_bytes(content)
     refused = None
@@ -197,6 +201,8 @@ def read_as_image(path, content: bytes) -> None:
 @fuzz(QUICK)
 @given(content=st.binary(max_size=100) | harmed_images())
 @example(content=b"")
+@example(content=HUGE_FRAME)
+@example(content=HUGE_FRAME + b"\x08\x06\x00\x00")
 def test_any_image(tmp_path, content):
     read_as_image(tmp_path / "x.png", content)
 

@@ -92,6 +92,20 @@ def test_a_torn_file_is_made_again(tmp_path, keep):
     assert len(files(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("at", [0.5, 0.9, 1.0])
+def test_a_flipped_bit_is_noticed(tmp_path, at):
+    """In a tensor, which safetensors itself would read as it is."""
+    cached("kind", {"x": 1}, Compute())
+    (path,) = files(tmp_path)
+    content = bytearray(path.read_bytes())
+    values = len(content) - 4 * (12 + 6 * 2)  # 12 float32, 6 int64
+    content[values + int(at * (len(content) - 1 - values))] ^= 1
+    path.write_bytes(content)
+    compute = Compute()
+    assert_right(cached("kind", {"x": 1}, compute))
+    assert compute.calls == 1
+
+
 def test_garbage_is_made_again(tmp_path):
     cached("kind", {"x": 1}, Compute())
     (path,) = files(tmp_path)
