@@ -21,7 +21,7 @@ from etherdiff.tiny.builder.tokenizer import tokenize
 from etherdiff.tiny.builder.training import Schedule, train
 from etherdiff.ui import track
 
-SCHEDULE = Schedule(steps=4_800, learning_rate=1e-3, warmup=200, weight_decay=0.01, ema=0.999, evaluate_every=500)
+SCHEDULE = Schedule(steps=9_000, learning_rate=1e-3, warmup=200, weight_decay=0.01, ema=0.999, evaluate_every=500)
 BATCH = 32
 SCENES, VALIDATION = 40_000, 512
 FORM_SHARES = (0.5, 0.3, 0.2)  # full, loose and short captions
@@ -88,7 +88,7 @@ def train_denoiser(vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, fra
 
 
 def make_model(tokenizer: CLIPTokenizer) -> Denoiser:
-    """The untrained models: a UNet of 8.8M parameters and a text encoder of 1.1M."""
+    """The untrained models: a UNet of 8.8M parameters and a text encoder of 1.0M."""
     unet = UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(64, 128, 192),
