@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test test-all lint bench soak clean
 
-demo: $(READY)            ## the whole job on the tiny base, into demo/
+demo: $(READY)            ## the whole job on a subject of the tiny world, into demo/
 	rm -rf demo
 	$(BIN)/etherdiff demo --output demo
 

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from etherdiff.runfolder import RunFolder, is_sealed
-from etherdiff.tiny.subject import draw_subject
+from etherdiff.tiny.dreambooth import render_folder
 from etherdiff.train.checkpoint import newest_checkpoint
 
 STEPS_PER_KILL = 12
@@ -165,7 +165,7 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="etherdiff-soak-") as name:
         soak = Soak(Path(name), options.kills, options.seed)
-        draw_subject(soak.folder / "ball")
+        render_folder("candy_ball", soak.folder / "ball")
         seconds_per_step = soak.undisturbed()
         run = soak.folder / "run"
         soak.disturb(run, seconds_per_step)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from etherdiff.adapters.io import save_adapter
-from etherdiff.config import DreamBoothConfig, TrainConfig
+from etherdiff.config import DreamBoothConfig
 from etherdiff.errors import UserError
 from etherdiff.eval.backbones import PRESETS, find_backbones
 from etherdiff.eval.image_set import PromptImages, Scoring
@@ -41,7 +41,7 @@ EVERY = 7
 SEED = 0
 
 
-def find_networks(config: TrainConfig) -> dict[str, Backbone] | None:
+def find_networks(config: DreamBoothConfig) -> dict[str, Backbone] | None:
     """What scores along the way; None where nothing does: switched off, or `auto` and a network would have to be fetched.
 
     Raises:

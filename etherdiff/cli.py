@@ -27,12 +27,14 @@ app = typer.Typer(
 )
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
+CONTROLLED = "Controllable runs"
 PANELS = {  # the option that opens each panel of a training command's help
     "base": "Model and method",
     "steps": "Optimization",
     "mixed_precision": "Machine and randomness",
     "checkpoint_every": "Along the way",
     "subject": "Subject and images",
+    "dataset": "Images and control",
 }
 
 
@@ -107,6 +109,12 @@ def _dreambooth_config() -> type:
     return DreamBoothConfig
 
 
+def _s2i_config() -> type:
+    from etherdiff.config import S2IConfig
+
+    return S2IConfig
+
+
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="recipe: a YAML file of options (a run's run.yaml is one)")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="one option over the recipe's")]
 
@@ -127,6 +135,24 @@ def train_dreambooth(config: ConfigOption = None, settings: SetOption = None, *,
     from etherdiff import run
 
     _say_next(run.train_dreambooth(settled))
+
+
+@app.command("train-s2i", rich_help_panel="Train")
+@training_command(
+    _s2i_config(),
+    "Teach the base to follow a control image (semantic map, Canny edges, face landmarks): an adapter and a small encoder.",
+)
+def train_s2i(config: ConfigOption = None, settings: SetOption = None, *, flags: dict[str, Any]) -> None:
+    """See `training_command`."""
+    settled = _read_config(_s2i_config(), config, settings, flags)
+    if settled.dry_run:
+        from etherdiff.dryrun import dry_run
+
+        dry_run(settled)
+        return
+    from etherdiff import run
+
+    _say_next(run.train_s2i(settled))
 
 
 @app.command(rich_help_panel="Train")
@@ -155,8 +181,17 @@ def generate(
     num: Annotated[int, typer.Option(help="images per prompt")] = 4,
     batch_size: Annotated[int, typer.Option(help="images drawn at once")] = 4,
     seed: Annotated[int, typer.Option(help="seed of the first image; the next ones count up")] = 0,
-    steps: Annotated[int, typer.Option(help="denoising steps (DPM-Solver++)")] = 25,
-    guidance_scale: Annotated[float, typer.Option(help="strength of the prompt")] = 7.5,
+    control: Annotated[
+        Path | None, typer.Option(help="of a controllable run: a control file (label map, edges, landmarks), or a folder")
+    ] = None,
+    control_scale: Annotated[float, typer.Option(help="multiplies the hint of the control; 0 is no control")] = 1.0,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="denoising steps [default: 25 of DPM-Solver++; with control 50 of DDIM]".replace("[", "\\[")),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="strength of the prompt [default: 7.5; with control 9]".replace("[", "\\["))
+    ] = None,
     negative_prompt: Annotated[str, typer.Option(help="what to steer away from")] = "",
     resolution: Annotated[int | None, typer.Option(help="side in pixels [default: the base's]".replace("[", "\\["))] = None,
     scale: Annotated[float, typer.Option(help="multiplies the adapter's update; 0 is the base")] = 1.0,
@@ -165,11 +200,13 @@ def generate(
 ) -> None:
     """Draw images of prompts with a run's adapter (or any adapters on a base), each with its settings inside."""
     from etherdiff import generate as g
+    from etherdiff.sampling import PAPER_SAMPLING, S2I_SAMPLING
 
     if (run is None) == (base is None):
         raise UserError("give either --run, or --base (with --adapter)")
     if run is not None and adapter:
         raise UserError("--adapter goes with --base; a run brings its own")
+    usual = S2I_SAMPLING if control else PAPER_SAMPLING
     wanted = [*(prompt or []), *(g.read_prompts(prompts) if prompts else [])]
     options = g.GenerateOptions(
         list(dict.fromkeys(wanted)),
@@ -177,16 +214,24 @@ def generate(
         num,
         batch_size,
         seed,
-        steps,
-        guidance_scale,
+        usual["steps"] if steps is None else steps,
+        usual["guidance_scale"] if guidance_scale is None else guidance_scale,
         negative_prompt,
         resolution,
         scale,
         device,
         offload,
     )
+    if control is not None:
+        if run is None:
+            raise UserError("--control goes with --run: a base alone has no control encoder")
+        from etherdiff.generate_controlled import generate_controlled
+
+        generate_controlled(run, control, options, control_scale)
+        return
     source = g.run_source(run) if run is not None else g.Source(g.find_base(str(base)), adapter or [])
-    g.notice(source.base)
+    if source.hint_encoder is not None:
+        raise UserError(f"{run} is a controllable run: say with --control what is to be followed (a file, or a folder of them)")
     g.generate(source, options)
 
 
@@ -196,52 +241,96 @@ def eval_command(
     prompts: Annotated[
         Path | None, typer.Option(help="text file with a prompt per line, identifier included, instead of DreamBooth's 25")
     ] = None,
-    num: Annotated[int, typer.Option(help="images per prompt")] = 4,
-    seed: Annotated[int, typer.Option(help="seed of a prompt's first image; the next ones count up")] = 0,
-    steps: Annotated[int, typer.Option(help="denoising steps (DPM-Solver++)")] = 25,
+    num: Annotated[int | None, typer.Option(help="images per prompt [default: 4]".replace("[", "\\["))] = None,
+    seed: Annotated[int, typer.Option(help="seed of a prompt's (or the first map's) first image; the next ones count up")] = 0,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="denoising steps [default: 25 of DPM-Solver++; with control 50 of DDIM]".replace("[", "\\[")),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="images drawn at once")] = 4,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps")] = "auto",
     metrics: Annotated[
-        str | None, typer.Option(help="scores to compute, with commas between; all of a subject's, unless given")
+        str | None, typer.Option(help="scores to compute, with commas between; all of a subject's or signal's, unless given")
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="networks to score by, paper or tiny; that of the base, unless given")
     ] = None,
     backbone: Annotated[
         list[str] | None,
-        typer.Option(metavar="ROLE=NAME", help="another network for dino, clip, lpips or fid: hub id or folder; repeatable"),
+        typer.Option(
+            metavar="ROLE=NAME",
+            help="another network for dino, clip, lpips, fid or segmenter: hub id or folder; landmarks=FILE.task; repeatable",
+        ),
     ] = None,
     plain_clip_t: Annotated[bool, typer.Option("--plain-clip-t", help="CLIP-T to the prompts without the identifier")] = False,
     checkpoint: Annotated[str, typer.Option(help="what to judge: last (the result), best or step-N")] = "last",
     with_base: Annotated[bool, typer.Option("--base/--no-base", help="draw and score the base's own images beside")] = True,
+    num_maps: Annotated[
+        int | None,
+        typer.Option(
+            help="maps to draw from [default: all to evaluate with, at most 2000]".replace("[", "\\["),
+            rich_help_panel=CONTROLLED,
+        ),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="strength of the prompt [default: 9]".replace("[", "\\["), rich_help_panel=CONTROLLED),
+    ] = None,
+    shuffle_maps: Annotated[
+        bool, typer.Option("--shuffle-maps", help="draw and score with other maps beside", rich_help_panel=CONTROLLED)
+    ] = False,
+    without_control: Annotated[
+        bool, typer.Option("--without-control", help="draw and score without any map beside", rich_help_panel=CONTROLLED)
+    ] = False,
+    real: Annotated[bool, typer.Option("--real", help="score the real images beside", rich_help_panel=CONTROLLED)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace images made with other settings")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print metrics.json")] = False,
 ) -> None:
-    """Draw a run's 25 prompts and score the images (DINO, CLIP-I, CLIP-T, LPIPS), with intervals, beside the base's."""
+    """Draw a run's prompts, with their maps where it is controllable, and score the images, with intervals."""
     from etherdiff import evaluate as e
+    from etherdiff import evaluate_control as c
 
-    options = e.EvalOptions(
-        prompts=prompts,
-        num=num,
-        seed=seed,
-        steps=steps,
-        batch_size=batch_size,
-        device=device,
-        metrics=e.SUBJECT_METRICS if metrics is None else tuple(filter(None, map(str.strip, metrics.split(",")))),
-        preset=preset,
-        backbones=tuple(backbone or ()),
-        clip_t_prompt="without identifier" if plain_clip_t else "with identifier",
-        checkpoint=checkpoint,
-        base=with_base,
-        overwrite=overwrite,
-    )
-    result = e.evaluate(run, options)
+    common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "device": device, "preset": preset}
+    common |= {"backbones": tuple(backbone or ()), "overwrite": overwrite}
+    if steps is not None:
+        common["steps"] = steps
+    if metrics is not None:
+        common["metrics"] = tuple(filter(None, map(str.strip, metrics.split(","))))
+    of_subjects = {
+        "prompts": prompts is not None,
+        "num": num is not None,
+        "plain-clip-t": plain_clip_t,
+        "checkpoint": checkpoint != "last",
+        "no-base": not with_base,
+    }
+    of_control = {
+        "num-maps": num_maps is not None,
+        "guidance-scale": guidance_scale is not None,
+        "shuffle-maps": shuffle_maps,
+        "without-control": without_control,
+        "real": real,
+    }
+    is_controlled = c.is_control_run(run)
+    misplaced = [f"--{name}" for name, given in (of_subjects if is_controlled else of_control).items() if given]
+    if misplaced:
+        task, other = ("train-s2i", "train-dreambooth") if is_controlled else ("train-dreambooth", "train-s2i")
+        raise UserError(f"{run} is a run of {task}, and {', '.join(misplaced)} is for runs of {other}")
+    if is_controlled:
+        common |= {"shuffle_maps": shuffle_maps, "without_control": without_control, "real": real}
+        if guidance_scale is not None:
+            common["guidance_scale"] = guidance_scale
+        result = c.evaluate_control(run, c.ControlOptions(num_maps=num_maps, **common))
+    else:
+        if num is not None:
+            common["num"] = num
+        common |= {"clip_t_prompt": "without identifier" if plain_clip_t else "with identifier"}
+        result = e.evaluate(run, e.EvalOptions(prompts=prompts, checkpoint=checkpoint, base=with_base, **common))
     if as_json:
         typer.echo(json.dumps(result, indent=2))
     else:
         from rich.console import Console
 
-        Console().print(e.render(result))
+        Console().print(c.render(result) if is_controlled else e.render(result))
 
 
 @app.command(rich_help_panel="Judge the result")
@@ -285,12 +374,14 @@ def merge(
     precision = parse_dtype(dtype)
     source = run_source(run, "everything")
     adapters = [(path, scale) for path in source.adapters]
-    proof = merge_to_folder(source.base, adapters, output, precision, single_file)
+    proof = merge_to_folder(source.base, adapters, output, precision, single_file, source.hint_encoder)
     if proof["same_base"] is False:
         warn("the base's weights are not those that the adapter was trained on")
     if proof["left_out"]:
         warn(f"left out, since the base does not hold them whole: {', '.join(proof['left_out'])}")
     say(f"{output}: reopened with plain diffusers; largest difference {proof['max_abs_difference']:.1e}")
+    if source.hint_encoder is not None:
+        say(f"it holds its own code: DiffusionPipeline.from_pretrained({str(output)!r}, trust_remote_code=True)")
     if single_file is not None:
         say(f"{single_file}: the same as one file")
 
@@ -308,6 +399,14 @@ def export(
     from etherdiff.ui import say
 
     source = run_source(run)
+    if not source.adapters:
+        raise UserError(
+            f"{run} was trained with the method none: it has no adapter to export (etherdiff merge takes its encoder)"
+        )
+    if source.hint_encoder is not None and parse_format(format) != "peft":
+        raise UserError(
+            f"no {format} file holds a control encoder: use etherdiff merge, or --format peft for the adapter alone"
+        )
     result = export_adapter(source.base, source.adapters[0], output, parse_format(format), scale)
     proof = f", rank {result['rank']}, loaded back and compared" if "rank" in result else ""
     say(f"{result['path']}: {format}{proof}")
@@ -339,10 +438,47 @@ def inspect_command(
 
 @app.command(rich_help_panel="Look before")
 def demo(output: Annotated[Path, typer.Option(help="folder for everything the demo makes")] = Path("demo")) -> None:
-    """Run the whole job on the tiny base in a minute or two: train, sample, generate, merge, export."""
+    """Run the whole job on the tiny base in a few minutes: train, draw, score, merge, export, and say what to look at."""
     from etherdiff.demo import run_demo
 
     run_demo(output)
+
+
+data = typer.Typer(no_args_is_help=True, help="Look at datasets for train-s2i before training on them.")
+app.add_typer(data, name="data", rich_help_panel="Look before")
+
+
+@data.command("check")
+def check_data(
+    dataset: Annotated[
+        str, typer.Argument(metavar="NAME|FOLDER", help="ade20k, tiny, celebahq-landmarks, coco-canny, or a folder")
+    ],
+    data_root: Annotated[
+        Path | None, typer.Option(help="where datasets are looked up [default: ETHERDIFF_DATA]".replace("[", "\\["))
+    ] = None,
+    signal: Annotated[
+        str | None,
+        typer.Option(help="segmentation, canny or landmarks, instead of the dataset's own; a folder's is segmentation"),
+    ] = None,
+    palette: Annotated[
+        str | None, typer.Option(help="of segmentation: ade20k, tiny or a JSON file; else the dataset's own")
+    ] = None,
+    captions: Annotated[Path | None, typer.Option(help="caption file, instead of the dataset's captions")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Read every image and control: what is unreadable, mismatched, outside the palette, without a caption, or there twice."""
+    from etherdiff.control import check
+    from etherdiff.paths import data_root as find_data_root
+
+    report = check.check_dataset(dataset, find_data_root(data_root), signal=signal, palette=palette, captions=captions)
+    if as_json:
+        typer.echo(json.dumps(report.as_json(), indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(check.render(report))
+    if report.problems:
+        raise UserError(report.sentences())
 
 
 def _relaunch_as_begun(run: Path) -> None:
@@ -357,12 +493,16 @@ def _relaunch_as_begun(run: Path) -> None:
 
 
 def _say_next(run: Path) -> None:
+    from etherdiff.runfolder import RunFolder
     from etherdiff.ui import say
 
+    controlled = RunFolder(run).control_encoder.is_dir()
     say(f"\n{run}: done. Next:")
-    say(f"  etherdiff generate --run {run} --prompt '…' --output pictures")
-    say(f"  etherdiff merge {run} --output merged        # a plain diffusers pipeline")
-    say(f"  etherdiff export {run} --format kohya --output adapter.safetensors")
+    say(f"  etherdiff generate --run {run} {'--control MAP ' if controlled else ''}--prompt '…' --output pictures")
+    say(f"  etherdiff eval {run}                        # draws and scores")
+    say(f"  etherdiff merge {run} --output merged        # a diffusers pipeline")
+    if not controlled:
+        say(f"  etherdiff export {run} --format kohya --output adapter.safetensors")
 
 
 def _print_version(wanted: bool) -> None:

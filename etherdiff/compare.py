@@ -16,7 +16,7 @@ from rich.table import Table
 from etherdiff.errors import UserError
 from etherdiff.eval.results import interval_text, named_differences, read_result
 
-FACTS = ("subject", "method", "base_model", "checkpoint", "step")
+FACTS = ("subject", "dataset", "method", "base_model", "checkpoint", "step")
 BASE = "the base"
 VERSIONS = "versions"
 
@@ -90,7 +90,7 @@ def as_table(columns: Sequence[Column]) -> Group:
     table.add_column("")
     for column in columns:
         table.add_column(column.name, justify="right")
-    for fact in FACTS:
+    for fact in _told_facts(columns):
         table.add_row(fact.replace("_", " "), *(str(column.facts.get(fact, "")) for column in columns))
     table.add_section()
     for score in row_names(columns):
@@ -101,7 +101,9 @@ def as_table(columns: Sequence[Column]) -> Group:
 def as_markdown(columns: Sequence[Column]) -> str:
     """A table for a README or an issue."""
     rows = [["", *(column.name for column in columns)], ["---", *["---:"] * len(columns)]]
-    rows += [[fact.replace("_", " "), *(str(column.facts.get(fact, "")) for column in columns)] for fact in FACTS]
+    rows += [
+        [fact.replace("_", " "), *(str(column.facts.get(fact, "")) for column in columns)] for fact in _told_facts(columns)
+    ]
     rows += [[score, *(cell(column, score) for column in columns)] for score in row_names(columns)]
     lines = ["| " + " | ".join(_escaped(text) for text in row) + " |" for row in rows]
     return "\n".join([*lines, "", *(f"- {_escaped(remark)}" for remark in remarks(columns))]).rstrip()
@@ -137,7 +139,12 @@ def _names(runs: Sequence[Path]) -> dict[Path, str]:
 
 
 def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
-    return {fact: result["run"].get(fact) for fact in FACTS}
+    return {fact: result["run"][fact] for fact in FACTS if result["run"].get(fact) is not None}
+
+
+def _told_facts(columns: Sequence[Column]) -> list[str]:
+    """Those that any of them has: a subject's run has no dataset, and a controllable one no subject."""
+    return [fact for fact in FACTS if any(fact in column.facts for column in columns)]
 
 
 def _hold_against(first: Column, column: Column) -> None:

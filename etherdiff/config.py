@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from etherdiff.errors import UserError
 
 MethodName = Literal["ether", "ether+", "ether+one-sided", "lora", "oft", "naive", "boft", "hra", "vera", "full"]
+S2IMethodName = Literal[MethodName, "none"]
 TargetName = Literal["attention", "attention+geglu", "attention+feedforward"]
 METHOD_NAMES: tuple[str, ...] = get_args(MethodName)
 TARGET_NAMES: tuple[str, ...] = get_args(TargetName)
@@ -31,7 +32,7 @@ class TrainConfig(BaseModel):
         None, description="what the base predicts [default: as its scheduler says; a 2.x single file: v_prediction]"
     )
     output: Path | None = Field(None, description="run folder to create [default: runs/SUBJECT-METHOD]")
-    method: MethodName = Field("ether+", description=f"how to fine-tune: {', '.join(METHOD_NAMES)}")
+    method: S2IMethodName = Field("ether+", description=f"how to fine-tune: {', '.join(METHOD_NAMES)}")
     targets: TargetName = Field("attention", description=f"linear layers of the UNet to adapt: {', '.join(TARGET_NAMES)}")
     blocks: int | None = Field(None, ge=1, description="diagonal blocks n [default: 1 for ether, 4 for oft and naive]")
     rank: int | None = Field(None, ge=1, description="rank of lora (4), hra (8) and vera (256)")
@@ -62,12 +63,8 @@ class TrainConfig(BaseModel):
         "stop", description="a step whose loss or gradient is NaN or infinite: stop or skip"
     )
     eval_every: int = Field(200, ge=1, description="steps between validation losses and scores (fixed noise, prompts, seeds)")
-    eval_scores: Literal["auto", "on", "off"] = Field(
-        "auto", description="DINO and CLIP-T along the way, and best/; auto: where the networks need no download"
-    )
     sample_every: int | None = Field(None, ge=1, description="steps between sample images [default: none]")
-    sample_prompts: tuple[str, ...] | None = Field(None, description="what to sample; repeat for several")
-    sample_count: int = Field(4, ge=1, description="sample images per prompt")
+    sample_count: int = Field(4, ge=1, description="sample images (of each prompt, where there are prompts)")
     tracker: Literal["tensorboard", "wandb", "none"] = Field("tensorboard", description="where curves are logged")
     overwrite: bool = Field(False, description="replace an existing run folder")
     dry_run: bool = Field(False, description="check everything, print size, memory and time, and stop")
@@ -84,15 +81,15 @@ class TrainConfig(BaseModel):
     def _no_is_no_boolean(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML reads a bare `no` so
 
-    @field_validator("eval_scores", mode="before")
-    @classmethod
-    def _on_and_off_are_no_booleans(cls, value: Any) -> Any:
-        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # as above
-
 
 class DreamBoothConfig(TrainConfig):
     """Subject-driven fine-tuning (Ruiz et al. 2023; protocol of the ETHER paper, section 5.1)."""
 
+    method: MethodName = Field("ether+", description=f"how to fine-tune: {', '.join(METHOD_NAMES)}")
+    sample_prompts: tuple[str, ...] | None = Field(None, description="what to sample; repeat for several")
+    eval_scores: Literal["auto", "on", "off"] = Field(
+        "auto", description="DINO and CLIP-T along the way, and best/; auto: where the networks need no download"
+    )
     subject: str = Field(description="folder of images, or a subject's name under the data root or in google/dreambooth")
     data_root: Path | None = Field(None, description="folder that holds dreambooth/NAME [default: $ETHERDIFF_DATA]")
     identifier: str = Field("sks", min_length=1, description="the word that comes to mean the subject")
@@ -111,6 +108,11 @@ class DreamBoothConfig(TrainConfig):
     flip: bool = Field(False, description="mirror half of the samples")
     skip_bad: bool = Field(False, description="leave unreadable images out instead of stopping")
 
+    @field_validator("eval_scores", mode="before")
+    @classmethod
+    def _on_and_off_are_no_booleans(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # YAML reads a bare `on` so
+
     @field_validator("subject", "identifier", "class_noun")
     @classmethod
     def _is_named(cls, name: str | None) -> str | None:
@@ -122,6 +124,44 @@ class DreamBoothConfig(TrainConfig):
     def crops_per_image(self) -> int:
         """How many windows of each image are encoded."""
         return self.cached_crops if self.crop == "random" else 1
+
+
+class S2IConfig(TrainConfig):
+    """Controllable generation: a control image says where things are (protocol of the ETHER paper, section 5.2)."""
+
+    method: S2IMethodName = Field(
+        "ether+", description=f"how to fine-tune: {', '.join(METHOD_NAMES)}, or none: the control encoder alone"
+    )
+    targets: TargetName = Field("attention+geglu", description=f"linear layers of the UNet to adapt: {', '.join(TARGET_NAMES)}")
+    steps: int = Field(20_000, ge=1, description="optimizer steps; 2,000 are one pass over ADE20K")
+    batch_size: int = Field(10, ge=1, description="images per process and forward pass")
+    output: Path | None = Field(None, description="run folder to create [default: runs/DATASET-METHOD]")
+    dataset: str = Field(description="ade20k, celebahq-landmarks, coco-canny, tiny, or a folder with metadata.jsonl")
+    data_root: Path | None = Field(None, description="folder that holds the datasets by name [default: $ETHERDIFF_DATA]")
+    signal: Literal["segmentation", "canny", "landmarks"] | None = Field(
+        None, description="what a folder's control files are: segmentation, canny or landmarks [default: the dataset's]"
+    )
+    palette: str | None = Field(None, description="colours of a folder's label maps: ade20k, tiny or a JSON file")
+    captions: Path | None = Field(None, description="JSON-lines file of captions, where they are not with the dataset")
+    make_captions: bool = Field(False, description="have BLIP write the captions that are missing, once")
+    encoder_init: Literal["scaled", "paper"] = Field(
+        "scaled", description="the control encoder's first weights: scaled learns control soon, paper is torch's default"
+    )
+    encoder_learning_rate: float | None = Field(
+        None, gt=0, description="of the control encoder [default: the adapter's, at most 1e-4]"
+    )
+    refit: Path | None = Field(
+        None, description="finished run whose result is kept while a magnitude per output neuron is learned on top (for oft)"
+    )
+    resolution: int | None = Field(None, ge=1, description="side of the training images in pixels [default: the base's]")
+    flip: bool = Field(False, description="mirror half of the samples, image and control together")
+
+    @field_validator("dataset")
+    @classmethod
+    def _is_named(cls, name: str) -> str:
+        if not name.strip():
+            raise ValueError("must not be empty")
+        return name
 
 
 def read_config(cls: type[C], recipe: Path | None, settings: list[str], flags: dict[str, Any]) -> C:

@@ -1,48 +1,97 @@
-"""`etherdiff demo`: the whole job on the tiny base, ending with what to look at and what to type next."""
+"""`etherdiff demo`: the whole job on the tiny world, ending with what to look at and what to type next."""
 
+from collections.abc import Sequence
 from pathlib import Path
+
+from PIL import Image
 
 from etherdiff.config import DreamBoothConfig
 from etherdiff.errors import UserError
+from etherdiff.eval.metrics import HELD_OUT
+from etherdiff.eval.protocol import BASE_IMAGES, IMAGES, make_prompts
+from etherdiff.eval.results import eval_folder
+from etherdiff.evaluate import EvalOptions, evaluate
 from etherdiff.export import export_adapter, merge_to_folder
-from etherdiff.generate import GenerateOptions, generate, run_source
+from etherdiff.generate import run_source
+from etherdiff.images import contact_sheet, list_images, read_images
 from etherdiff.run import train_dreambooth
-from etherdiff.tiny.subject import draw_subject
+from etherdiff.sampling import sheet, slug
+from etherdiff.subjects import prompts_for
+from etherdiff.tiny.dreambooth import render_folder
+from etherdiff.tiny.subjects import SUBJECTS
 from etherdiff.ui import say
 
-STEPS = 200
+SUBJECT = "candy_ball"
+METHOD = "ether+"
+STEPS = 400
+BATCH_SIZE = 4
+LEARNING_RATE = 0.006
+IDENTIFIER = "sks"
+SHOWN = (1, 8, 12, 17)  # of the 25 prompts: a ground, a sky, both, company
+SEEDS = 3  # images of each prompt
+ENLARGED = 3  # times, on the sheet
 
 
-def run_demo(output: Path) -> None:
-    """Train ETHER+ on five drawings of a ball, sample along the way, generate, merge and export, all under `output`."""
+def run_demo(output: Path, steps: int = STEPS, denoising_steps: int = 25) -> None:
+    """Train ETHER+ on a subject of the tiny world, draw and score what it learned, merge and export, all under `output`."""
     if output.exists() and any(output.iterdir()):
         raise UserError(f"output: {output} is not empty; choose another folder with --output")
-    draw_subject(output / "subject")
+    photos = output / "subject"
+    render_folder(SUBJECT, photos)
     run = train_dreambooth(
         DreamBoothConfig(
             base="tiny",
-            method="ether+",
-            subject=str(output / "subject"),
-            class_noun="ball",
-            class_images=10,
+            method=METHOD,
+            subject=str(photos),
+            class_noun=SUBJECTS[SUBJECT].class_noun,
+            identifier=IDENTIFIER,
+            class_sampling_steps=denoising_steps,
             output=output / "run",
-            steps=STEPS,
-            batch_size=4,
-            checkpoint_every=STEPS // 2,
-            eval_every=STEPS // 4,
-            sample_every=STEPS // 2,
+            steps=steps,
+            batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
+            checkpoint_every=max(steps // 2, 1),
+            eval_every=max(steps // 4, 1),
         )
     )
+    result = evaluate(run, EvalOptions(num=SEEDS, steps=denoising_steps))
+    after, before = (found["scores"]["dino" + HELD_OUT]["mean"] for found in (result, result["base"]))
+    before_after(run, photos).save(output / "before-after.png")
     source = run_source(run)
-    prompts = ["a photo of sks ball", "a photo of sks ball in the snow"]
-    sheet = generate(source, GenerateOptions(prompts, output / "pictures"))
     proof = merge_to_folder(source.base, [(path, 1.0) for path in source.adapters], output / "merged")
-    lora = export_adapter(source.base, source.adapters[0], output / "ether.safetensors", "kohya")
+    lora = export_adapter(source.base, source.adapters[0], output / "lora.safetensors", "kohya")
     say("\nLook at", style="bold")
-    say(f"  {sheet}   what the adapter draws")
-    say(f"  {run / 'samples' / f'step-{STEPS:06d}.png'}   the base above, the adapter below")
-    say(f"  {run / 'metrics.jsonl'}   the loss, and the validation loss every {STEPS // 4} steps")
-    say(f"  {output / 'merged'}   a plain diffusers pipeline; it differs by {proof['max_abs_difference']:.1e} at most")
-    say(f"  {lora['path']}   the adapter as an exact LoRA of rank 4")
-    say("Next, on Stable Diffusion 1.5 and your own photos:")
-    say("  etherdiff train-dreambooth --subject photos/ --class-noun dog --mixed-precision bf16 --output runs/dog")
+    for path, what in (
+        (output / "before-after.png", f"{METHOD} beside its base, which is asked for the same without {IDENTIFIER!r}"),
+        (run / "report.html", f"open it in a browser; likeness (DINO) to held-out photos {after:.2f}, the base's {before:.2f}"),
+        (output / "merged", f"a plain diffusers pipeline; it differs by {proof['max_abs_difference']:.1e} at most"),
+        (lora["path"], f"the adapter as an exact LoRA of rank {lora['rank']}, named as ComfyUI and WebUI want it"),
+    ):
+        say(f"  {path}   {what}")
+    say("\nNext, on Stable Diffusion 1.5 and your own photos", style="bold")
+    say("  etherdiff train-dreambooth --subject photos --class-noun dog --mixed-precision bf16 --output runs/dog")
+    say("  etherdiff eval runs/dog")
+    say("  etherdiff merge runs/dog --output merged")
+
+
+def before_after(run: Path, photos: Path) -> Image.Image:
+    """The subject's photos, and below them a few prompts: what the base draws, and what the run draws at the same seeds."""
+    noun = SUBJECTS[SUBJECT].class_noun
+    prompts = make_prompts(prompts_for(noun, IDENTIFIER, tiny=True), IDENTIFIER, noun)
+    rows = []
+    for number in SHOWN:
+        before = eval_folder(run) / BASE_IMAGES / f"{number:03d}-{slug(prompts[number].plain)}"
+        after = eval_folder(run) / IMAGES / f"{number:03d}-{slug(prompts[number].text)}"
+        rows.append([*_enlarged(before), *_enlarged(after)])
+    columns = [f"{who}, seed {seed}" for who in ("the base", METHOD) for seed in range(SEEDS)]
+    below = sheet(rows, [prompts[number].text for number in SHOWN], columns)
+    above = contact_sheet(_enlarged(photos), 2 * SEEDS, ["learned from these"])
+    whole = Image.new("RGB", (max(above.width, below.width), above.height + below.height), "white")
+    whole.paste(above, (whole.width - above.width, 0))
+    whole.paste(below, (0, above.height))
+    return whole
+
+
+def _enlarged(folder: Path) -> Sequence[Image.Image]:
+    images = read_images(list_images(folder))
+    return [image.resize((ENLARGED * image.width, ENLARGED * image.height), Image.Resampling.NEAREST) for image in images]

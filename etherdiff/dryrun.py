@@ -1,35 +1,35 @@
 """`--dry-run`: everything is checked, no weight is read, and the run's size, memory and time are said."""
 
-from etherdiff.config import DreamBoothConfig
+from etherdiff.config import TrainConfig
 from etherdiff.devices import DTYPES, resolve_device
 from etherdiff.inspection import measure_throughput, training_estimate
+from etherdiff.jobs import plan_job
 from etherdiff.train.loop import optimizer_state_bytes
-from etherdiff.train.plan import plan_dreambooth
 from etherdiff.ui import say
 
 
-def dry_run(config: DreamBoothConfig) -> None:
+def dry_run(config: TrainConfig) -> None:
     """Plan the run and print what it would take. UserError as the run itself would raise."""
-    plan = plan_dreambooth(config)
-    config = plan.config
+    job = plan_job(config)
+    plan, config = job.plan, job.plan.config
     dtype = DTYPES[config.mixed_precision]
-    images = config.batch_size * (2 if config.prior_preservation else 1)
+    say(f"Nothing is wrong: {config.method} on {plan.base.name}, {job.describe_size()}")
+    for line in job.dry_lines():
+        say(f"  {line}")
+    if config.method == "none":  # no adapter, so nothing of the UNet to count
+        return
     estimate = training_estimate(
         plan.base,
         config.method,
         plan.options,
         resolution=plan.resolution,
-        batch_size=images,
+        batch_size=job.images_per_pass(),
         gradient_checkpointing=config.gradient_checkpointing,
         weight_bytes=dtype.itemsize,
         optimizer_bytes=optimizer_state_bytes(config),
     )
     device = resolve_device(config.device)
-    subject = f"{len(plan.images)} images at {plan.resolution} px"
-    say(f"Nothing is wrong: {config.method} on {plan.base.name}, {subject}")
     say(f"  trainable parameters  {estimate['trainable_parameters']:,}")
-    if config.prior_preservation:
-        say(f"  class images          {config.class_images}, generated before training unless they are cached")
     if estimate["step_flops"] is None:
         say(f"  memory and time       unknown: {estimate['note']}")
         return

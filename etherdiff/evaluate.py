@@ -25,7 +25,7 @@ from etherdiff.errors import RunError, UserError
 from etherdiff.eval.backbones import PRESETS, ROLES, find_backbones
 from etherdiff.eval.fid import fid_problem
 from etherdiff.eval.image_set import PromptForm, Scoring
-from etherdiff.eval.metrics import HELD_OUT, METRICS, SUBJECT_METRICS
+from etherdiff.eval.metrics import HELD_OUT, METRICS, PROMPT_METRICS, SUBJECT_METRICS
 from etherdiff.eval.network import Backbone, digest_of, versions_of
 from etherdiff.eval.paper import PAPER_SCOPE, differs_from_paper, paper_value
 from etherdiff.eval.protocol import (
@@ -45,13 +45,13 @@ from etherdiff.eval.protocol import (
 from etherdiff.eval.results import eval_folder, interval_text
 from etherdiff.eval.scores import score_images
 from etherdiff.files import file_hash, write_text
-from etherdiff.generate import notice, read_prompts
+from etherdiff.generate import read_prompts
 from etherdiff.images import read_images
 from etherdiff.leftovers import clear_leftovers
 from etherdiff.locks import run_lock
 from etherdiff.models import Base, find_base, fingerprint, load_base, make_pipeline
 from etherdiff.reporting import show_report
-from etherdiff.runfolder import RunFolder, check_adapter, read_settings
+from etherdiff.runfolder import RunFolder, check_result, read_settings
 from etherdiff.subjects import Subject, find_subject, prompts_for
 from etherdiff.train.checkpoint import checkpoint_path
 from etherdiff.train.plan import Problems, method_options
@@ -95,9 +95,10 @@ class EvalOptions:
             found.append(f"seed: must be at least 0, not {self.seed}")
         if wrong_device := device_problem(self.device):
             found.append(wrong_device)
+        there = ", ".join(PROMPT_METRICS)
         if not self.metrics:
-            found.append(f"metrics: none is asked for; there are {', '.join(METRICS)}")
-        found += [f"metric {name!r}: there are {', '.join(METRICS)}" for name in self.metrics if name not in METRICS]
+            found.append(f"metrics: none is asked for; there are {there}")
+        found += [f"metric {name!r}: there are {there}" for name in self.metrics if name not in PROMPT_METRICS]
         if self.preset is not None and self.preset not in PRESETS:
             found.append(f"preset {self.preset!r}: there are {', '.join(PRESETS)}")
         for text in self.backbones:
@@ -225,7 +226,7 @@ def read_run(path: Path) -> tuple[RunFolder, DreamBoothConfig, dict[str, Any]]:
         content = load_yaml(RunFolder(path).settings)
         provenance = content.get("provenance") if isinstance(content, dict) else None
         if isinstance(provenance, dict) and provenance.get("task") == "s2i":
-            raise UserError(f"{path} is a run of train-s2i: etherdiff eval scores runs of train-dreambooth")
+            raise UserError(f"{path} is a run of train-s2i: evaluate_control judges those")
     run, config, found = read_settings(path)
     assert isinstance(config, DreamBoothConfig)
     return run, config, found
@@ -260,7 +261,7 @@ def find_trained(run: RunFolder, config: TrainConfig, name: str) -> Trained:
                 f"{run.path} has no adapter yet: the run has not finished. Go on with etherdiff resume {run.path}, or judge a "
                 f"checkpoint with --checkpoint step-N (there are: {steps})"
             )
-        check_adapter(run)
+        check_result(run, run.adapter)
         return _from_folder(run.adapter, name, config.steps)
     if name == "best":
         return _from_folder(run.best, name, read_best_step(run))
@@ -349,7 +350,6 @@ def draw_missing(plan: Plan, seconds: dict[str, float]) -> None:
     todo = {name: found for name in set_names(plan) if (found := unfinished(plan, name))}
     if not todo:
         return
-    notice(plan.base)
     with timed(seconds, "load"):
         base = find_base(plan.config.base, plan.config.prediction_type)
         refuse_other_base(plan, base)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,6 +31,7 @@ from etherdiff.adapters.io import (
     read_adapter,
     refuse_inexact_lora,
 )
+from etherdiff.control.pipeline import HintEncoder, add_code, added_hint
 from etherdiff.errors import ProofError, UserError
 from etherdiff.files import save_tensors, staged_folder
 from etherdiff.models import (
@@ -98,12 +99,14 @@ def merge_to_folder(
     output: Path,
     dtype: torch.dtype = torch.float32,
     single_file: Path | None = None,
+    hint_encoder: Path | None = None,
 ) -> dict[str, Any]:
     """Write a plain diffusers pipeline whose UNet has the adapters, each at its scale, folded in; prove it; report.
 
     Everything but the UNet is the base's own, byte for byte; a single-file base, which has no folder, gives its weights
     in `dtype`. single_file: also one WebUI/ComfyUI checkpoint there. The work is done in float32; `dtype`, that or
-    float16 or bfloat16, is what is written.
+    float16 or bfloat16, is what is written. hint_encoder: the folder of a controllable run's; the pipeline then is a
+    StableDiffusionS2IPipeline that holds its own code, and opens with DiffusionPipeline and trust_remote_code=True.
 
     Returns max_abs_difference and relative_difference of one denoising pass (of the worse, if there are two outputs),
     files, the number of files written, left_out, optional components that the base names but does not have, and
@@ -116,12 +119,14 @@ def merge_to_folder(
     if single_file is not None:
         single_file = Path(single_file).expanduser().resolve()
         _refuse_unfit_file(single_file)
-    if not adapters:
+    if not adapters and hint_encoder is None:
         raise UserError("nothing to merge: give at least one adapter.")
+    if single_file is not None and hint_encoder is not None:
+        raise UserError("--single-file: no such file holds a control encoder; the folder of --output does")
     saved = [read_adapter(folder) for folder, _ in adapters]
     with staged_folder(output) as staged:
-        reference, left_out = _write_merged(base, adapters, staged, dtype)
-        pipeline = _read_plainly(staged)
+        reference, left_out = _write_merged(base, adapters, staged, dtype, hint_encoder)
+        pipeline = _read_plainly(staged) if hint_encoder is None else _read_with_its_code(staged)
         differences = [_prove(pipeline, reference, TOLERANCE[dtype], "the merged pipeline")]
         files = sum(path.is_file() for path in staged.rglob("*"))
         if single_file is not None:
@@ -139,12 +144,18 @@ def merge_to_folder(
     }
 
 
-def _write_merged(base: Base, adapters: list[tuple[Path, float]], folder: Path, dtype: torch.dtype) -> tuple[Tensor, list[str]]:
+def _write_merged(
+    base: Base, adapters: list[tuple[Path, float]], folder: Path, dtype: torch.dtype, hint_encoder: Path | None
+) -> tuple[Tensor, list[str]]:
     """Fill `folder`; returns the adapted model's prediction from before the merge, and what was left out."""
     model = load_base(base)
     adapted = load_adapters(model.unet, list(adapters))
-    reference = _predict(model.unet, encode_prompts(model.tokenizer, model.text_encoder, [PROOF_PROMPT]))
+    encoder = HintEncoder.from_pretrained(hint_encoder, local_files_only=True) if hint_encoder else None
+    reference = _predict(model.unet, encode_prompts(model.tokenizer, model.text_encoder, [PROOF_PROMPT]), encoder)
     left_out = _copy_components(base, folder)
+    if encoder is not None:
+        encoder.to(dtype).save_pretrained(folder / "hint_encoder")
+        add_code(folder)
     _save_weights(merge_adapter(adapted), folder / "unet" / UNET_WEIGHTS, dtype)
     if base.single_file is not None:
         _save_weights(model.vae, folder / "vae" / VAE_WEIGHTS, dtype)
@@ -374,18 +385,27 @@ def _kohya_metadata(base: Base, base_name: str, rank: int) -> dict[str, str]:
 # --- Proof -----------------------------------------------------------------------------------------------------------
 
 
-def _predict(unet: Any, text: Tensor) -> Tensor:
-    """One denoising pass on fixed latents: (1, C, s, s), with s = sample_size or PROOF_LATENTS if that is less."""
+@torch.no_grad()
+def _predict(unet: Any, text: Tensor, hint_encoder: Any = None) -> Tensor:
+    """One denoising pass on fixed latents: (1, C, s, s), with s = sample_size or PROOF_LATENTS if that is less.
+
+    With a hint encoder, under a fixed control image of noise.
+    """
     side = min(unet.config.sample_size, PROOF_LATENTS)
-    latents = torch.randn(1, unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, unet.config.in_channels, side, side, generator=generator)
+    hint = None
+    if hint_encoder is not None:
+        pixels = side * hint_encoder.config.latent_scale
+        hint = hint_encoder(torch.rand(1, 3, pixels, pixels, generator=generator))
+    with added_hint(unet, hint):
         return unet(latents, PROOF_TIMESTEP, text, return_dict=False)[0]
 
 
 def _prove(pipeline: Any, reference: Tensor, tolerance: float, what: str) -> Difference:
     """Compare a pipeline that was read back with the adapted model's prediction. ProofError above the tolerance."""
     text = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [PROOF_PROMPT])
-    error = _predict(pipeline.unet, text) - reference
+    error = _predict(pipeline.unet, text, getattr(pipeline, "hint_encoder", None)) - reference
     difference = Difference(error.abs().max().item(), (error.norm() / reference.norm()).item())
     if not difference.relative <= tolerance:  # also where it is NaN
         raise ProofError(
@@ -398,6 +418,11 @@ def _prove(pipeline: Any, reference: Tensor, tolerance: float, what: str) -> Dif
 
 def _read_plainly(folder: Path) -> Any:
     return StableDiffusionPipeline.from_pretrained(str(folder), local_files_only=True).to(torch.float32)
+
+
+def _read_with_its_code(folder: Path) -> Any:
+    """As a user without etherdiff would: the code is the folder's own."""
+    return DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, trust_remote_code=True).to(torch.float32)
 
 
 def _read_single_file(path: Path, config: Path) -> Any:

@@ -80,6 +80,12 @@ def staged_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def copy_folder(source: Path, target: Path) -> None:
+    """A copy of a folder, whole or absent, in place of what was there."""
+    with staged_folder(target) as staged:
+        shutil.copytree(source, staged, dirs_exist_ok=True)
+
+
 def flush(path: Path) -> None:
     """Have a file's content, or a folder's names, written to the disk itself."""
     handle = os.open(path, os.O_RDONLY)

@@ -8,13 +8,13 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from etherdiff.adapters.io import load_adapters
+from etherdiff.config import S2IConfig
 from etherdiff.devices import device_problem, resolve_device
 from etherdiff.errors import UserError
 from etherdiff.models import Base, Parts, find_base, load_base, make_pipeline
-from etherdiff.runfolder import check_adapter, read_settings
+from etherdiff.runfolder import check_result, read_settings
 from etherdiff.sampling import PAPER_SAMPLING, chunks, sample, save_images, sheet
-from etherdiff.tiny import RANDOM_WEIGHTS_NOTICE
-from etherdiff.ui import say, track, warn
+from etherdiff.ui import say, track
 
 MAX_COLUMNS = 8
 
@@ -57,19 +57,23 @@ class GenerateOptions:
 
 @dataclass(frozen=True)
 class Source:
-    """What draws: a base and the adapters on it."""
+    """What draws: a base, the adapters on it, and of a controllable run the hint encoder's folder."""
 
     base: Base
     adapters: list[Path]
+    hint_encoder: Path | None = None
 
 
 def run_source(run: Path, parts: Parts = "weights") -> Source:
-    """The base and the adapter of a run folder; `parts` of the base are fetched, if it comes from the hub."""
+    """The base and the result of a run folder; `parts` of the base are fetched, if it comes from the hub."""
     folder, config, _ = read_settings(run)
-    if not folder.adapter.is_dir():
-        raise UserError(f"{run} has no adapter yet: the run has not finished (etherdiff resume {run})")
-    check_adapter(folder)
-    return Source(find_base(config.base, config.prediction_type, parts), [folder.adapter])
+    controlled = isinstance(config, S2IConfig)
+    for result in [*([] if config.method == "none" else [folder.adapter]), *([folder.control_encoder] if controlled else [])]:
+        if not result.is_dir():
+            raise UserError(f"{run} has no {result.name} yet: the run has not finished (etherdiff resume {run})")
+        check_result(folder, result)
+    base = find_base(config.base, config.prediction_type, parts)
+    return Source(base, folder.adapters, folder.control_encoder if controlled else None)
 
 
 def generate(source: Source, options: GenerateOptions) -> Path:
@@ -141,9 +145,3 @@ def read_prompts(path: Path) -> list[str]:
         raise UserError(f"prompts: {path} cannot be read ({error})") from error
     prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     return list(dict.fromkeys(prompts))
-
-
-def notice(base: Base) -> None:
-    """Says so where the pictures can only be noise."""
-    if base.name == "tiny":
-        warn(RANDOM_WEIGHTS_NOTICE)

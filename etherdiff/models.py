@@ -104,7 +104,7 @@ def find_base(name: str, prediction_type: str | None = None, parts: Parts = "wei
     Of a hub id, `parts` are downloaded, or found in the hub's cache. UserError says what was wrong and what would do.
     """
     if name == "tiny":
-        from etherdiff.tiny import tiny_folder  # builds a model on first use
+        from etherdiff.tiny import tiny_folder
 
         base = Base(name, tiny_folder(), prediction_type=prediction_type)
     elif Path(name).expanduser().is_dir():

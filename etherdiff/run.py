@@ -8,50 +8,49 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from etherdiff import signals
-from etherdiff.adapters.io import save_adapter
-from etherdiff.adapters.methods import add_adapter, trainable_parameters
-from etherdiff.config import DreamBoothConfig
+from etherdiff.config import DreamBoothConfig, S2IConfig, TrainConfig
 from etherdiff.devices import DTYPES
 from etherdiff.errors import NotFiniteError, Stopped, UserError
 from etherdiff.faults import explained
 from etherdiff.files import write_text
+from etherdiff.jobs import plan_job
+from etherdiff.jobs.job import Data, Job
 from etherdiff.locks import LOCK, run_lock
-from etherdiff.models import StableDiffusion, fingerprint, load_base
+from etherdiff.models import fingerprint, load_base
 from etherdiff.reporting import show_report
 from etherdiff.resuming import check_machine, reopen, resume_from_checkpoint
-from etherdiff.runfolder import RunFolder, write_adapter_manifest, write_settings
-from etherdiff.tiny import RANDOM_WEIGHTS_NOTICE
+from etherdiff.runfolder import RunFolder, write_settings
 from etherdiff.train.checkpoint import newest_checkpoint, read_step
-from etherdiff.train.dreambooth import DreamBoothData, DreamBoothTask
 from etherdiff.train.loop import TrainingState, fit, make_accelerator, prepare_training
-from etherdiff.train.plan import DreamBoothPlan, plan_dreambooth
-from etherdiff.train.prepare import pixels_digest, prepare_data
 from etherdiff.train.recorder import Recorder
-from etherdiff.train.samples import Sampler
 from etherdiff.ui import say, warn
-
-if TYPE_CHECKING:
-    from etherdiff.best import StepScorer
-    from etherdiff.eval.network import Backbone
 
 
 def train_dreambooth(config: DreamBoothConfig) -> Path:
-    """Fine-tune on a subject's images; returns the run folder. UserError, before anything is loaded, where it cannot.
+    """Fine-tune on a subject's images: see `train`."""
+    return train(config)
+
+
+def train_s2i(config: S2IConfig) -> Path:
+    """Fine-tune on images and their control signals: see `train`."""
+    return train(config)
+
+
+def train(config: TrainConfig) -> Path:
+    """Fine-tune; returns the run folder. UserError, before anything is loaded, where it cannot.
 
     RunError where memory, disk or numbers fail on the way; Stopped, with a checkpoint written, where a signal came.
     """
-    plan = plan_dreambooth(config)
-    with run_lock(plan.output), explained(plan.config, plan.output):
-        return train_planned(plan)
+    job = plan_job(config)
+    with run_lock(job.plan.output), explained(job.plan.config, job.plan.output):
+        return train_job(job)
 
 
 def resume(path: Path, steps: int | None = None, on_nan: str | None = None) -> Path:
@@ -67,16 +66,14 @@ def resume(path: Path, steps: int | None = None, on_nan: str | None = None) -> P
         wanted = config.model_copy(update=changes)
         if wanted.steps < done:
             raise UserError(f"steps: {path} is at step {done} already; give more than that")
-        assert isinstance(wanted, DreamBoothConfig)
-        plan = plan_dreambooth(wanted, resuming=True)
-        with explained(plan.config, path):
-            return train_planned(plan, provenance)
+        job = plan_job(wanted, resuming=True)
+        with explained(job.plan.config, path):
+            return train_job(job, provenance)
 
 
-def train_planned(plan: DreamBoothPlan, provenance: dict[str, Any] | None = None) -> Path:
+def train_job(job: Job[Any], provenance: dict[str, Any] | None = None) -> Path:
     """Train in a run folder that is locked; `provenance` is what a run that goes on had recorded."""
-    plan, backbones = settle_scores(plan)
-    config, run = plan.config, RunFolder(plan.output)
+    plan, config, run = job.plan, job.plan.config, RunFolder(job.plan.output)
     clock = Clock()
     accelerator = make_accelerator(config, run.logs)
     if provenance is not None:
@@ -86,46 +83,40 @@ def train_planned(plan: DreamBoothPlan, provenance: dict[str, Any] | None = None
         base_hashes = fingerprint(plan.base)
     recorded_base = {"name": plan.base.name, "fingerprint": base_hashes}
     if accelerator.is_main_process:
-        open_run(run, plan, base_hashes, provenance, accelerator)
+        open_run(run, job, base_hashes, provenance, accelerator)
     with clock("prepare"):
-        data = prepare_data(plan, model, base_hashes, accelerator)
-        sampler = make_sampler(plan, model, run, accelerator)
-        scorer = make_scorer(plan, model, backbones, recorded_base, accelerator)
-        free_unused(model, keep_vae=sampler is not None or scorer is not None)
+        data = job.prepare(model, base_hashes, accelerator)
+        watchers = job.watch(model, run, recorded_base, accelerator)
+        job.free_unused(model, watchers)
     # a frozen UNet can be held in half precision; one that is trained whole needs float32 weights under autocast
     model.unet.to(accelerator.device, torch.float32 if config.method == "full" else DTYPES[config.mixed_precision])
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    adapted = add_adapter(model.unet, config.method, plan.options, config.seed)
-    if scorer is not None:
-        scorer.adapted = adapted
-    state = prepare_training(DreamBoothTask(model.unet, model.noise_scheduler, config.min_snr_gamma), config, accelerator)
+    state = prepare_training(job.build(model), config, accelerator, job.groups())
     if provenance is not None:
         resume_from_checkpoint(state, run, accelerator)
-    describe(plan, adapted, accelerator)
-    draw_samples = sampler.draw_step if sampler else None
-    score_step = scorer.score_step if scorer else None
+    for number, line in enumerate(job.describe(accelerator)):
+        say(line, style="" if number else "bold")
     validation = data.validation_batches()
-    recorder = Recorder(config, run, validation, draw_samples, score_step, accelerator, started_at=state.step)
+    recorder = Recorder(config, run, validation, watchers.draw_samples, watchers.score_step, accelerator, started_at=state.step)
     with signals.deferred():
         with clock("train"), recorder:
-            train(state, data, config, accelerator, recorder)
+            run_loop(state, data, config, accelerator, recorder)
         if accelerator.is_main_process:
             if state.step == config.steps:
                 use_averaged_weights(state)
-                save_result(run, adapted, recorded_base)
+                job.save(run, recorded_base)
             write_cost(run, clock, config, state.step, recorder.steps_done, accelerator)
             if state.step == config.steps:
-                conclude(run, scorer)
+                job.conclude(run)
+                show_report(run.path)
         end_tracker(accelerator)
         if state.step < config.steps:
             raise Stopped(signals.received() or signal.SIGTERM, f"stopped at step {state.step}; {how_to_go_on(run)}")
     return run.path
 
 
-def train(
-    state: TrainingState, data: DreamBoothData, config: DreamBoothConfig, accelerator: Accelerator, recorder: Recorder
-) -> None:
+def run_loop(state: TrainingState, data: Data, config: TrainConfig, accelerator: Accelerator, recorder: Recorder) -> None:
     """Train to the end, or until a signal stops it; either way the state is in a checkpoint afterwards."""
     process, processes = accelerator.process_index, accelerator.num_processes
 
@@ -152,13 +143,6 @@ def how_to_go_on(run: RunFolder) -> str:
     return f"go on with: etherdiff resume {run.path}"
 
 
-def save_result(run: RunFolder, adapted: nn.Module, base: dict[str, Any]) -> None:
-    """The adapter, then what its files are: a kill in between leaves an adapter that nothing is recorded of."""
-    run.adapter_manifest.unlink(missing_ok=True)
-    save_adapter(adapted, run.adapter, base)
-    write_adapter_manifest(run)
-
-
 def end_tracker(accelerator: Accelerator) -> None:
     """Close the tracker, whose failure is no failure of the run."""
     try:
@@ -168,20 +152,20 @@ def end_tracker(accelerator: Accelerator) -> None:
 
 
 def open_run(
-    run: RunFolder, plan: DreamBoothPlan, hashes: dict[str, str], provenance: dict[str, Any] | None, accelerator: Accelerator
+    run: RunFolder, job: Job[Any], hashes: dict[str, str], provenance: dict[str, Any] | None, accelerator: Accelerator
 ) -> None:
-    """Record what the run is told; one that is resumed must have the same base and images, and keeps its provenance."""
-    images = pixels_digest(plan.images)
+    """Record what the run is told; one that is resumed must have the same base and data, and keeps its provenance."""
+    base, config, digest = job.plan.base, job.plan.config, job.digest()
     if provenance is not None:
         recorded = provenance.get("base", {}).get("fingerprint", {})
         changed = sorted(name for name in hashes if hashes[name] != recorded.get(name))
         if changed:
-            raise UserError(f"{run.path} was trained on other weights than {plan.base.name} holds now: {', '.join(changed)}")
-        if provenance.get("images", images) != images:
-            raise UserError(f"{run.path} was trained on other images than {plan.config.subject} holds now: put them back")
-        write_settings(run, "dreambooth", plan.config, provenance)
+            raise UserError(f"{run.path} was trained on other weights than {base.name} holds now: {', '.join(changed)}")
+        if provenance.get("images", digest) != digest:
+            raise UserError(f"{run.path} was trained on other images than {job.said_of_data()} holds now: put them back")
+        write_settings(run, job.task, config, provenance)
         return
-    for path in run.path.iterdir() if plan.config.overwrite else ():
+    for path in run.path.iterdir() if config.overwrite else ():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != LOCK:
@@ -189,71 +173,11 @@ def open_run(
     facts = {
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
-        "base": {"name": plan.base.name, "path": str(plan.base.local_path), "fingerprint": hashes},
-        "images": images,
-        "subject_prompt": plan.subject_prompt,
-        "class_prompt": plan.class_prompt,
+        "base": {"name": base.name, "path": str(base.local_path), "fingerprint": hashes},
+        "images": digest,
+        **job.facts(),
     }
-    write_settings(run, "dreambooth", plan.config, facts)
-
-
-def make_sampler(plan: DreamBoothPlan, model: StableDiffusion, run: RunFolder, accelerator: Accelerator) -> Sampler | None:
-    """What draws sample images, in the first process and where they are asked for; draws the base's at once."""
-    if plan.config.sample_every is None or not accelerator.is_main_process:
-        return None
-    model.unet.to(accelerator.device)
-    prompts = list(plan.config.sample_prompts or [plan.subject_prompt])
-    try:
-        return Sampler(plan.config, prompts, plan.resolution, model, run)
-    except Exception as error:  # whatever a pipeline, a font or the disk raises
-        warn(f"the base's sample images failed ({type(error).__name__}: {error}): training goes on without samples")
-        return None
-
-
-def settle_scores(plan: DreamBoothPlan) -> tuple[DreamBoothPlan, "dict[str, Backbone] | None"]:
-    """The plan with `eval_scores` on or off, as it stays when the run is resumed, and the networks that score.
-
-    UserError where a network that is asked for cannot be had.
-    """
-    if plan.config.eval_scores == "off":
-        return plan, None
-    from etherdiff.best import find_networks  # imports what only scoring needs
-
-    backbones = find_networks(plan.config)
-    settled = plan.config.model_copy(update={"eval_scores": "on" if backbones else "off"})
-    return replace(plan, config=settled), backbones
-
-
-def make_scorer(
-    plan: DreamBoothPlan,
-    model: StableDiffusion,
-    backbones: "dict[str, Backbone] | None",
-    base: dict[str, Any],
-    accelerator: Accelerator,
-) -> "StepScorer | None":
-    """What scores along the way, in the first process."""
-    if backbones is None or not accelerator.is_main_process:
-        return None
-    from etherdiff.best import StepScorer
-
-    model.unet.to(accelerator.device)
-    return StepScorer(plan, model, backbones, base)
-
-
-def conclude(run: RunFolder, scorer: "StepScorer | None") -> None:
-    """Say which step is best, and write the report."""
-    if scorer is not None:
-        from etherdiff.best import say_best
-
-        say_best(run)
-    show_report(run.path)
-
-
-def free_unused(model: StableDiffusion, keep_vae: bool) -> None:
-    """From here on only the UNet runs (and the decoder, where samples are drawn)."""
-    model.text_encoder = None
-    if not keep_vae:
-        model.vae = None
+    write_settings(run, job.task, config, facts)
 
 
 def use_averaged_weights(state: TrainingState) -> None:
@@ -277,9 +201,7 @@ class Clock:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def write_cost(
-    run: RunFolder, clock: Clock, config: DreamBoothConfig, step: int, steps_done: int, accelerator: Accelerator
-) -> None:
+def write_cost(run: RunFolder, clock: Clock, config: TrainConfig, step: int, steps_done: int, accelerator: Accelerator) -> None:
     """cost.json: seconds of all sessions that ended by themselves or by a signal, and the speed of this one."""
     images = steps_done * config.batch_size * config.gradient_accumulation * accelerator.num_processes
     on_gpu = accelerator.device.type == "cuda"
@@ -306,16 +228,3 @@ def read_seconds(run: RunFolder) -> dict[str, float]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warn(f"{run.cost} cannot be read ({error}): the seconds of earlier sessions are left out")
         return {}
-
-
-def describe(plan: DreamBoothPlan, adapted: nn.Module, accelerator: Accelerator) -> None:
-    """What is about to be trained, in a few lines."""
-    config = plan.config
-    count = sum(p.numel() for p in trainable_parameters(adapted).values())
-    say(f"{config.method} on {plan.base.name}: {count:,} trainable parameters ({config.targets})", style="bold")
-    class_part = f", {config.class_images} class images {plan.class_prompt!r}" if config.prior_preservation else ""
-    say(f"{len(plan.images)} images of {plan.subject_prompt!r} at {plan.resolution} px{class_part}")
-    size = config.batch_size * config.gradient_accumulation * accelerator.num_processes
-    say(f"{config.steps} steps of {size}, learning rate {config.learning_rate:g}; the text encoder is not trained")
-    if plan.base.name == "tiny":
-        warn(RANDOM_WEIGHTS_NOTICE)

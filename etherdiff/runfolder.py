@@ -12,11 +12,11 @@ import torch
 import yaml
 
 from etherdiff import __version__
-from etherdiff.config import DreamBoothConfig, TrainConfig, load_run_config, load_yaml
+from etherdiff.config import DreamBoothConfig, S2IConfig, TrainConfig, load_run_config, load_yaml
 from etherdiff.errors import UserError
 from etherdiff.files import file_hash, write_text
 
-TASKS = {"dreambooth": DreamBoothConfig}
+TASKS: dict[str, type[TrainConfig]] = {"dreambooth": DreamBoothConfig, "s2i": S2IConfig}
 SEAL = "# sha256 of what follows: "
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
 
@@ -36,8 +36,19 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
-    def adapter_manifest(self) -> Path:
-        return self.path / "adapter.sha256.json"
+    def refitted_adapter(self) -> Path:
+        """Of a run that learned magnitudes: the adapter that they are on top of."""
+        return self.path / "refitted_adapter"
+
+    @property
+    def adapters(self) -> list[Path]:
+        """All that goes on the base's UNet, in this order."""
+        return [folder for folder in (self.refitted_adapter, self.adapter) if folder.is_dir()]
+
+    @property
+    def control_encoder(self) -> Path:
+        """The hint encoder of a controllable run."""
+        return self.path / "control_encoder"
 
     @property
     def checkpoints(self) -> Path:
@@ -123,24 +134,30 @@ def recorded_processes(path: Path) -> int:
         return 1
 
 
-def write_adapter_manifest(run: RunFolder) -> None:
-    """Record what the adapter's files are, for `check_adapter`."""
-    hashes = {path.name: file_hash(path) for path in sorted(run.adapter.iterdir())}
-    write_text(run.adapter_manifest, json.dumps(hashes, indent=2) + "\n")
+def manifest_of(folder: Path) -> Path:
+    """Where it is recorded what a result's files are: adapter.sha256.json beside adapter/."""
+    return folder.with_name(f"{folder.name}.sha256.json")
 
 
-def check_adapter(run: RunFolder) -> None:
-    """UserError where the adapter is not what the run wrote, if the run recorded that."""
-    if not run.adapter_manifest.is_file():
+def write_manifest(folder: Path) -> None:
+    """Record what a result's files are, for `check_result`."""
+    hashes = {path.name: file_hash(path) for path in sorted(folder.iterdir())}
+    write_text(manifest_of(folder), json.dumps(hashes, indent=2) + "\n")
+
+
+def check_result(run: RunFolder, folder: Path) -> None:
+    """UserError where adapter/ or control_encoder/ is not what the run wrote, if the run recorded that."""
+    manifest = manifest_of(folder)
+    if not manifest.is_file():
         return
     try:
-        recorded = dict(json.loads(run.adapter_manifest.read_text(encoding="utf-8")))
-        damaged = [name for name in sorted(recorded) if not _holds(run.adapter, name, recorded[name])]
+        recorded = dict(json.loads(manifest.read_text(encoding="utf-8")))
+        damaged = [name for name in sorted(recorded) if not _holds(folder, name, recorded[name])]
     except (OSError, ValueError, TypeError) as error:
-        damaged = [f"{run.adapter_manifest.name} ({error})"]
+        damaged = [f"{manifest.name} ({error})"]
     if damaged:
         raise UserError(
-            f"{run.adapter} is truncated, damaged or changed since the run wrote it: {', '.join(damaged)}. "
+            f"{folder} is truncated, damaged or changed since the run wrote it: {', '.join(damaged)}. "
             f"Write it again from the last checkpoint with: etherdiff resume {run.path}"
         )
 

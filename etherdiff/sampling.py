@@ -11,8 +11,11 @@ from PIL import Image
 from etherdiff.images import contact_sheet, save_png
 
 T = TypeVar("T")
-PAPER_SAMPLING = {"sampler": "DPM++ 2M", "steps": 25, "guidance_scale": 7.5}
+PAPER_SAMPLING: dict[str, Any] = {"sampler": "DPM++ 2M", "steps": 25, "guidance_scale": 7.5}
 """How the paper draws subject images (its design follows DreamBooth's): see `make_pipeline` for the scheduler."""
+
+S2I_SAMPLING: dict[str, Any] = {"sampler": "DDIM", "steps": 50, "guidance_scale": 9.0}
+"""How the paper draws from control: see `make_s2i_pipeline`."""
 
 
 def sample(

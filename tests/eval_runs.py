@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from eval.eval_toys import CLIP_PREPROCESSOR, SIZE, VIT_PREPROCESSOR, clip_model, save
 from safetensors.torch import save_file
+from subject_photos import draw_subject
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTModel
 
 from etherdiff.adapters.io import save_adapter
@@ -13,8 +14,7 @@ from etherdiff.adapters.methods import add_adapter
 from etherdiff.config import DreamBoothConfig
 from etherdiff.files import file_hash
 from etherdiff.models import find_base, fingerprint, load_base
-from etherdiff.runfolder import RunFolder, write_adapter_manifest, write_settings
-from etherdiff.tiny.subject import draw_subject
+from etherdiff.runfolder import RunFolder, write_manifest, write_settings
 from etherdiff.train.plan import method_options
 
 
@@ -57,7 +57,7 @@ def build_run(path: Path, method: str = "ether+", strength: float = 0.1, **setti
         for parameter in parameters.values():
             parameter += strength * torch.randn(parameter.shape, generator=generator)
     save_adapter(adapted, run.adapter, {"name": "tiny", "fingerprint": {}})
-    write_adapter_manifest(run)
+    write_manifest(run.adapter)
     checkpoint = run.checkpoints / "step-000001"
     checkpoint.mkdir(parents=True)
     save_file({name: p.detach().clone() for name, p in parameters.items()}, checkpoint / "parameters.safetensors")

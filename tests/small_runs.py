@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import yaml
+from subject_photos import draw_subject
 
 from etherdiff.config import DreamBoothConfig
-from etherdiff.tiny.subject import draw_subject
 
 STEPS = 6
 
@@ -31,6 +31,7 @@ def small_config(output: Path, **options) -> DreamBoothConfig:
         "steps": STEPS,
         "checkpoint_every": 2,
         "eval_every": 3,
+        "eval_scores": "off",
         "ema_decay": 0.9,
         "gradient_accumulation": 2,
         "lr_schedule": "cosine",

@@ -50,6 +50,8 @@ FORBIDDEN = {
     "etherdiff.models": etherdiff_("run", "cli", "train", "eval", "generate", "export", "adapters"),
     "etherdiff.diffusion": etherdiff_("run", "cli", "train", "eval", "generate", "export", "adapters", "models"),
     "etherdiff.config": etherdiff_("run", "cli", "train", "adapters", "models"),
+    "etherdiff.jobs": etherdiff_("run", "cli", "demo", "generate", "export"),
+    "etherdiff.report": etherdiff_("run", "cli", "train", "jobs"),
     "etherdiff.run": etherdiff_("cli", "demo"),
     "etherdiff.generate": etherdiff_("cli", "run", "train"),
     "etherdiff.export": etherdiff_("cli", "run", "train", "generate"),

@@ -25,7 +25,14 @@ from etherdiff.sampling import sample
 from etherdiff.train import recorder as recorder_module
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-CURVE = {"lr_schedule": "constant", "steps": 5, "checkpoint_every": 2, "eval_every": 1, "ema_decay": None}
+CURVE = {
+    "lr_schedule": "constant",
+    "steps": 5,
+    "checkpoint_every": 2,
+    "eval_every": 1,
+    "eval_scores": "auto",
+    "ema_decay": None,
+}
 
 
 @pytest.fixture(scope="session")
@@ -156,7 +163,7 @@ def test_with_scores_that_fail_the_run_goes_on(tmp_path, monkeypatch, capsys):
 def test_off_or_without_networks_it_is_as_without(tmp_path, monkeypatch, wanted):
     if wanted == "auto":
         monkeypatch.setitem(PRESETS, "tiny", dict.fromkeys(PRESETS["tiny"], "./nowhere"))
-    run = train_dreambooth(small_config(tmp_path / "run", **CURVE | {"steps": 1}, eval_scores=wanted))
+    run = train_dreambooth(small_config(tmp_path / "run", **CURVE | {"steps": 1, "eval_scores": wanted}))
     assert set(metrics(run)[0]) == {"step", "loss", "learning_rate", "validation_loss"}
     assert not (run / "best").exists()
     assert not (run / "eval").exists()
@@ -166,7 +173,7 @@ def test_off_or_without_networks_it_is_as_without(tmp_path, monkeypatch, wanted)
 def test_on_without_networks_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", dict.fromkeys(PRESETS["tiny"], "./nowhere"))
     with pytest.raises(UserError, match=r"dino: \./nowhere"):
-        train_dreambooth(small_config(tmp_path / "run", **CURVE, eval_scores="on"))
+        train_dreambooth(small_config(tmp_path / "run", **CURVE | {"eval_scores": "on"}))
     assert not (tmp_path / "run").exists()
 
 

@@ -65,7 +65,7 @@ def test_loss_is_that_of_diffusers_training_script(prediction_type, gamma):
     torch.manual_seed(0)
     model_input, noise = torch.randn(3, 4, 16, 16), torch.randn(3, 4, 16, 16)
     timesteps = torch.tensor([10, 400, 990])
-    encoder_hidden_states = torch.randn(3, 77, 32)
+    encoder_hidden_states = torch.randn(3, 77, unet.config.cross_attention_dim)
     ours = denoising_loss(unet, noise_scheduler, model_input, encoder_hidden_states, noise, timesteps, gamma)
 
     noisy_model_input = noise_scheduler.add_noise(model_input, noise, timesteps)

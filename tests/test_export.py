@@ -27,7 +27,7 @@ from etherdiff.export import ProofError, export_adapter, merge_to_folder
 from etherdiff.shipped import shipped_config
 
 EXACT = [name for name, method in METHODS.items() if method.lora_exact]
-MIXED_RANKS = "ether+ of 16 blocks"  # 4 n = 64 exceeds the smaller layers' features
+MIXED_RANKS = "ether+ of 32 blocks"  # 4 n = 128 exceeds the smaller layers' features
 OUTPUTS = [(method, "merged") for method in METHODS]
 OUTPUTS += [(method, kind) for method in [*EXACT, MIXED_RANKS] for kind in ("lora", "kohya")]
 
@@ -85,7 +85,7 @@ def make_adapter(base, folder, method, seed=0, **options):
 def adapters(base, tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     made = {method: make_adapter(base, root / method, method) for method in METHODS}
-    return made | {MIXED_RANKS: make_adapter(base, root / "mixed", "ether+", blocks=16)}
+    return made | {MIXED_RANKS: make_adapter(base, root / "mixed", "ether+", blocks=32)}
 
 
 def draw(pipeline):
@@ -165,7 +165,7 @@ def test_reports(outputs, adapters):
         else:
             assert report["layers"] == 56
     ranks = {method: outputs[method, "lora"][1]["rank"] for method in EXACT}
-    assert ranks == {"ether": 1, "ether+": 4, "ether+one-sided": 2, "lora": 4, "hra": 8, "vera": 64}
+    assert ranks == {"ether": 1, "ether+": 4, "ether+one-sided": 2, "lora": 4, "hra": 8, "vera": 192}
 
 
 @pytest.mark.parametrize("method", ["lora", MIXED_RANKS])
@@ -177,7 +177,7 @@ def test_plain_diffusers_scales_every_layer_by_one(method, kind, base, outputs):
     assert len(layers) == 56
     assert {scale for layer in layers for scale in layer.scaling.values()} == {1.0}
     ranks = {rank for layer in layers for rank in layer.r.values()}
-    assert ranks == ({4} if method == "lora" else {32, 64} if kind == "lora" else {64})
+    assert ranks == ({4} if method == "lora" else {64, 128} if kind == "lora" else {128})
 
 
 def test_scales_and_several_adapters_are_merged(base, adapters, tmp_path):
@@ -347,8 +347,8 @@ def test_kohya_files_have_sd_scripts_names_and_metadata(outputs):
     tensors = load_file(path)
     layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
     assert tensors[f"{layer}.alpha"] == 4
-    assert tensors[f"{layer}.lora_down.weight"].shape == (4, 32)
-    assert tensors[f"{layer}.lora_up.weight"].shape == (32, 4)
+    assert tensors[f"{layer}.lora_down.weight"].shape == (4, 64)
+    assert tensors[f"{layer}.lora_up.weight"].shape == (64, 4)
     assert all(key.rsplit(".", 2)[-2:][0] in ("lora_down", "lora_up") or key.endswith(".alpha") for key in tensors)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()

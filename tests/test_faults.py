@@ -45,6 +45,7 @@ from etherdiff.run import resume, train_dreambooth
 from etherdiff.train import loop as loop_module
 from etherdiff.train import recorder as recorder_module
 from etherdiff.train import samples as samples_module
+from etherdiff.train.dreambooth import DreamBoothData, DreamBoothTask
 from etherdiff.ui import console
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -338,7 +339,7 @@ def test_damaged_checkpoints_do_not_push_out_the_whole_ones(whole, copy):
 
 def poison(monkeypatch, step: int) -> None:
     """One image's noise is NaN at a step."""
-    batches = run_module.DreamBoothData.batches
+    batches = DreamBoothData.batches
 
     def poisoned(self, at, *rest):
         made = batches(self, at, *rest)
@@ -347,7 +348,7 @@ def poison(monkeypatch, step: int) -> None:
             made[-1]["noise"][0, 0, 0, 0] = float("nan")
         return made
 
-    monkeypatch.setattr(run_module.DreamBoothData, "batches", poisoned)
+    monkeypatch.setattr(DreamBoothData, "batches", poisoned)
 
 
 def test_nan_stops_the_run_with_the_last_good_state_kept(tmp_path, monkeypatch):
@@ -412,7 +413,7 @@ def test_out_of_memory_says_what_to_change(kind, tmp_path, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return torch.empty(2**55) if kind == "torch's allocator" else bytearray(2**60)
 
-    monkeypatch.setattr(run_module.DreamBoothTask, "forward", too_much)
+    monkeypatch.setattr(DreamBoothTask, "forward", too_much)
     with pytest.raises(RunError) as caught:
         train_dreambooth(small_config(tmp_path / "run", batch_size=4))
     for part in (

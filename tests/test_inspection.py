@@ -48,7 +48,7 @@ def real_model(name):
 
 
 def real_loss(unet):
-    inputs = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 77, 32)
+    inputs = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 77, unet.config.cross_attention_dim)
     return unet(*inputs, return_dict=False)[0].square().mean()
 
 
@@ -291,7 +291,7 @@ def test_every_mistake_is_said_at_once():
     ("arguments", "message"),
     [
         ({"base": str(Path("no") / "such" / "base!")}, "neither a folder"),
-        ({"resolution": 65}, "multiple of 8"),
+        ({"resolution": 65}, "multiple of 16"),
         ({"methods": ["ether"], "rank": 4}, "does not have rank"),
         ({"methods": ["magnitude"], "blocks": 4}, "neither blocks nor rank"),
         ({"methods": ["ether+"], "blocks": 5}, "do not divide into 5 blocks"),

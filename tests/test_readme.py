@@ -12,7 +12,6 @@ from diffusers import StableDiffusionPipeline
 
 from etherdiff.cli import app
 from etherdiff.tiny import tiny_folder
-from etherdiff.tiny.subject import draw_subject
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -40,7 +39,6 @@ def test_every_command_is_understood(arguments):
 
 
 def test_the_start_works_as_written(tmp_path):
-    draw_subject(tmp_path / "photos")
     assert len(STARTING) >= 5
     for arguments in STARTING:
         done = subprocess.run(

@@ -10,10 +10,10 @@ from accelerate.state import AcceleratorState
 from small_runs import STEPS, as_recipe, checkpoints, finish, leftovers, metrics, results, small_config, start, wait_for
 
 from etherdiff import cli, signals
-from etherdiff import run as run_module
 from etherdiff.errors import Stopped
 from etherdiff.run import resume, train_dreambooth
 from etherdiff.train import samples as samples_module
+from etherdiff.train.dreambooth import DreamBoothData
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
@@ -108,14 +108,14 @@ def signal_in_step(monkeypatch):
     """Have a signal arrive while a step is computed."""
 
     def arrange(number, step):
-        batches = run_module.DreamBoothData.batches
+        batches = DreamBoothData.batches
 
         def interrupted(self, at, *rest):
             if at == step:
                 signal.raise_signal(number)
             return batches(self, at, *rest)
 
-        monkeypatch.setattr(run_module.DreamBoothData, "batches", interrupted)
+        monkeypatch.setattr(DreamBoothData, "batches", interrupted)
 
     return arrange
 

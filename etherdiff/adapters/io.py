@@ -29,8 +29,8 @@ from etherdiff.files import save_tensors, staged_folder
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 PICKLE = "adapter_model.bin"
 MODEL_CARD = "README.md"  # written by plain PEFT, not by us
-FULL = "FULL"
-SCALABLE = frozenset({"ETHER", "NAIVE", "MAGNITUDE", "LORA", FULL})
+FULL, MAGNITUDE = "FULL", "MAGNITUDE"
+SCALABLE = frozenset({"ETHER", "NAIVE", MAGNITUDE, "LORA", FULL})
 TYPES = SCALABLE | {"OFT", "BOFT", "HRA", "VERA"}
 ETHER_METHODS = {
     ("ether", False): "ether",
@@ -222,7 +222,10 @@ def load_adapter(
 
 
 def load_adapters(unet: UNet2DConditionModel, adapters: Sequence[tuple[str | Path, float]]) -> nn.Module:
-    """Put saved adapters, each with its scale, on a plain UNet, all active. Returns what `load_adapter` does."""
+    """Put saved adapters, each with its scale, on a plain UNet, all active. Returns what `load_adapter` does.
+
+    Re-fitted magnitudes scale what the adapters before them made of the weights: those are folded in first.
+    """
     types = {read_adapter(folder).peft_type for folder, _ in adapters}
     if len(adapters) > 1 and FULL in types:
         raise UserError(
@@ -231,6 +234,8 @@ def load_adapters(unet: UNet2DConditionModel, adapters: Sequence[tuple[str | Pat
         )
     model: Any = unet
     for index, (folder, scale) in enumerate(adapters):
+        if index and read_adapter(folder).peft_type == MAGNITUDE and _peft_types(model) != {MAGNITUDE}:
+            model = merge_adapter(model)
         model = load_adapter(model, folder, f"default_{index}" if index else "default", scale)
     return model
 
@@ -264,7 +269,7 @@ def merge_adapter(model: nn.Module) -> UNet2DConditionModel:
 
 
 def _check_combination(model: nn.Module, saved: SavedAdapter, name: str, scale: float) -> None:
-    others = {_peft_type(config) for config in _configs(model).values()} - {saved.peft_type}
+    others = _peft_types(model) - {saved.peft_type}
     if others:
         raise UserError(
             f"adapter {saved.folder} ({saved.method}) cannot be combined with one of type {', '.join(sorted(others))}: "
@@ -316,6 +321,10 @@ def _take_out(model: nn.Module, name: str) -> None:
 
 def _configs(model: nn.Module) -> dict[str, PeftConfig]:
     return dict(model.peft_config) if isinstance(model, PeftModel) else {}
+
+
+def _peft_types(model: nn.Module) -> set[str]:
+    return {_peft_type(config) for config in _configs(model).values()}
 
 
 def _peft_type(config: PeftConfig) -> str:

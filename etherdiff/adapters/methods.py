@@ -38,6 +38,8 @@ class Method:
 
     summary: str
     learning_rate: float
+    """Of subject-driven runs."""
+    s2i_learning_rate: float
     config: Callable[[Any], PeftConfig] | None
     options: frozenset[str] = frozenset()
     """Which of blocks, rank and dropout it reads."""
@@ -56,14 +58,16 @@ _BLOCKS, _RANK = frozenset({"blocks", "dropout"}), frozenset({"rank", "dropout"}
 _ONE_BLOCK, _FOUR_BLOCKS = MethodOptions(blocks=1), MethodOptions(blocks=4)
 
 # Learning rates: of the ETHER paper (appendix C, subject-driven) for the first seven but vera's; of PEFT's own DreamBooth
-# examples for boft and hra; vera's is that of its paper's language models, nobody having published one for diffusion.
+# examples for boft and hra; vera's is that of its paper's language models, nobody having published one for diffusion. For S2I
+# the paper gives ether's, ether+'s, oft's and naive's, a sixth of these; the others' are a sixth as well.
 METHODS: dict[str, Method] = {
-    "ether": Method("a reflection of the input features", 6e-3, _ether("ether", None), _BLOCKS, _ONE_BLOCK, True),
-    "ether+": Method("relaxed reflections on both sides", 6e-3, _ether("ether+", None), _BLOCKS, _ONE_BLOCK, True),
-    "ether+one-sided": Method("a relaxed reflection of the input", 6e-3, _ether("ether+", False), _BLOCKS, _ONE_BLOCK, True),
+    "ether": Method("a reflection of the input features", 6e-3, 1e-3, _ether("ether", None), _BLOCKS, _ONE_BLOCK, True),
+    "ether+": Method("relaxed reflections on both sides", 6e-3, 1e-3, _ether("ether+", None), _BLOCKS, _ONE_BLOCK, True),
+    "ether+one-sided": Method("a relaxed input reflection", 6e-3, 1e-3, _ether("ether+", False), _BLOCKS, _ONE_BLOCK, True),
     "lora": Method(
         "an additive update of low rank",
         6e-4,
+        1e-4,
         lambda o: LoraConfig(r=o.rank, lora_alpha=o.rank, target_modules=list(o.targets), lora_dropout=o.dropout),
         _RANK,
         MethodOptions(rank=4),
@@ -72,6 +76,7 @@ METHODS: dict[str, Method] = {
     "oft": Method(
         "block-diagonal rotations (exact Cayley transform)",
         6e-5,
+        1e-5,
         lambda o: OFTConfig(
             r=o.blocks,
             oft_block_size=0,
@@ -85,6 +90,7 @@ METHODS: dict[str, Method] = {
     "naive": Method(
         "block-diagonal matrices without a constraint",
         6e-5,
+        1e-5,
         lambda o: NaiveConfig(blocks=o.blocks, target_modules=list(o.targets), dropout=o.dropout),
         _BLOCKS,
         _FOUR_BLOCKS,
@@ -92,6 +98,7 @@ METHODS: dict[str, Method] = {
     "boft": Method(
         "block-diagonal rotations, finer than oft's",
         3e-5,
+        5e-6,
         lambda o: BOFTConfig(
             boft_block_size=0,
             boft_block_num=o.blocks,
@@ -105,6 +112,7 @@ METHODS: dict[str, Method] = {
     "hra": Method(
         "a chain of reflections",
         1e-2,
+        1.7e-3,
         lambda o: HRAConfig(r=o.rank, target_modules=list(o.targets)),
         frozenset({"rank"}),
         MethodOptions(rank=8),
@@ -113,12 +121,13 @@ METHODS: dict[str, Method] = {
     "vera": Method(
         "scales on random projections shared by all layers",
         4e-3,
+        7e-4,
         lambda o: VeraConfig(r=o.rank, target_modules=list(o.targets), vera_dropout=o.dropout),
         _RANK,
         MethodOptions(rank=256),
         True,
     ),
-    "full": Method("every weight of the UNet", 5e-6, None),
+    "full": Method("every weight of the UNet", 5e-6, 1e-6, None),
 }
 
 

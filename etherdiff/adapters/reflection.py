@@ -12,7 +12,6 @@ Shapes: n blocks of a layer with d features have vectors (n, d/n); L and R are (
 `weight` is torch's (out, in). No function here builds a d x d matrix other than a weight.
 """
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -59,11 +58,19 @@ def vectors_backward(vectors: Vectors, d_left: Tensor, d_right: Tensor) -> tuple
     return d_vectors.chunk(2) if vectors.relaxed else (d_vectors, None)  # type: ignore[return-value]
 
 
-@lru_cache
+_MIXINGS: dict[tuple[bool, torch.dtype, torch.device], Tensor] = {}
+
+
 def _mixing(relaxed: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What makes [L; R] of û, or of [û; v̂]; kept, since every layer of every step asks for it."""
+    key = (relaxed, dtype, device)
+    if key in _MIXINGS:
+        return _MIXINGS[key]
     rows = [[-0.5, 0.5], [0.5, 0.5], [1.0, 1.0], [-1.0, 1.0]] if relaxed else [[-2.0], [1.0]]
-    return torch.tensor(rows, dtype=dtype, device=device)
+    mixing = torch.tensor(rows, dtype=dtype, device=device)
+    if type(mixing) is Tensor:  # where only shapes are computed it has no numbers, and must not be kept
+        _MIXINGS[key] = mixing
+    return mixing
 
 
 def _embed(blocks: Tensor) -> Tensor:

@@ -2,11 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from etherdiff.devices import resolve_device
 from etherdiff.errors import UserError
 from etherdiff.eval.network import Backbone
 from etherdiff.shipped import ASSETS
+
+if TYPE_CHECKING:
+    from etherdiff.eval.from_transformers import Source
 
 ROLES = ("dino", "clip", "lpips", "fid")
 TINY = "tiny:"
@@ -56,26 +60,38 @@ def find_backbones(
 def load_backbone(role: str, spec: str, device: str) -> Backbone:
     """The network that `spec` names, for one role. Raises UserError."""
     from etherdiff.eval.from_libraries import OpenClip, load_inception, load_lpips
-    from etherdiff.eval.from_transformers import Source, load_from_folder
+    from etherdiff.eval.from_transformers import load_from_folder
+
+    if not spec.startswith(TINY) and not Path(spec).expanduser().is_dir():
+        kind = spec.partition(":")[0]
+        if kind == "lpips" and role == "lpips":
+            return load_lpips(spec, device)
+        if kind == "inception" and role == "fid":
+            return load_inception(spec, device)
+        if ":" in spec and role == "clip":
+            return OpenClip(spec, device)
+    return load_from_folder(role, find_source(role, spec), device)
+
+
+def find_source(role: str, spec: str) -> "Source":
+    """The transformers folder of a tiny network (tiny:NAME), of a local folder, or of a hub id, which is downloaded.
+
+    Raises:
+        UserError: it is none of them, or the hub cannot give it. role: what it is for, for the message.
+    """
+    from etherdiff.eval.from_transformers import Source
 
     if spec.startswith(TINY):
         name = spec.removeprefix(TINY)
-        return load_from_folder(role, Source(f"etherdiff/tiny-{name}", tiny_part(name)), device)
+        return Source(f"etherdiff/tiny-{name}", tiny_part(name))
     folder = Path(spec).expanduser()
     if folder.is_dir():
-        return load_from_folder(role, Source(folder.resolve().name, folder), device)
-    kind = spec.partition(":")[0]
-    if kind == "lpips" and role == "lpips":
-        return load_lpips(spec, device)
-    if kind == "inception" and role == "fid":
-        return load_inception(spec, device)
-    if ":" in spec and role == "clip":
-        return OpenClip(spec, device)
+        return Source(folder.resolve().name, folder)
     if ":" in spec or "/" not in spec or spec.startswith((".", "/", "~")):
         raise UserError(f"{spec} is neither a folder here nor a name that {role} knows")
     repo, _, revision = spec.partition("@")
     path = _download(repo, revision or None)
-    return load_from_folder(role, Source(repo, path, path.name if path.parent.name == "snapshots" else revision), device)
+    return Source(repo, path, path.name if path.parent.name == "snapshots" else revision)
 
 
 def tiny_part(name: str) -> Path:

@@ -35,7 +35,7 @@ class Source:
         return sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("pytorch_model*.bin"))
 
 
-class _FromFolder:
+class FromFolder:
     """The parts that all of them share; the model is read at the first image, since features may all be cached."""
 
     load: Callable[..., Any]
@@ -74,7 +74,7 @@ class _FromFolder:
         return model.eval().requires_grad_(False).to(self.device)
 
 
-class ClsToken(_FromFolder, Backbone):
+class ClsToken(FromFolder, Backbone):
     """A vision transformer's CLS token after the last layer, as in the paper's DINO score."""
 
     load = AutoModel.from_pretrained
@@ -86,7 +86,7 @@ class ClsToken(_FromFolder, Backbone):
         return output.last_hidden_state[:, 0]
 
 
-class Clip(_FromFolder, ImageTextBackbone):
+class Clip(FromFolder, ImageTextBackbone):
     """CLIP's projected image and text embeddings."""
 
     load = CLIPModel.from_pretrained
@@ -120,7 +120,7 @@ class Clip(_FromFolder, ImageTextBackbone):
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
-class ResNetPooled(_FromFolder, Backbone):
+class ResNetPooled(FromFolder, Backbone):
     """A ResNet's features after global pooling: what FID needs, where Inception does not fit."""
 
     load = ResNetForImageClassification.from_pretrained
@@ -132,7 +132,7 @@ class ResNetPooled(_FromFolder, Backbone):
         return output.pooler_output.flatten(1)
 
 
-class ResNetLayers(_FromFolder, Backbone):
+class ResNetLayers(FromFolder, Backbone):
     """A ResNet's inner features, so scaled that squared distances between them are LPIPS without learned weights."""
 
     load = ResNetForImageClassification.from_pretrained

@@ -5,6 +5,7 @@ What is drawn again, with replacement, is the unit that the score speaks of:
 - one subject with 5 prompts or more: prompts, each with its images, since images of one prompt resemble each other. The
   interval says how the score would move with other prompts; the real images and the trained adapter stay as they are.
 - fewer prompts: the single images, which says only how it would move with other seeds.
+- controllable generation: images, each with its map. What is summed over them (areas of classes, edge pixels) is drawn again.
 - several subjects: subjects. The interval speaks of other subjects, which is what a table over subjects claims.
 - real images among themselves: the real images.
 - FID: nothing is drawn again, because repeated images raise it. Blocks of images are left out in turn (jackknife).
@@ -45,6 +46,30 @@ def bootstrap_mean(totals: ArrayLike, counts: ArrayLike, seed: int = 0, draws: i
     total, count = total[kept], count[kept]
     chosen = _rng(seed).integers(len(total), size=(draws, len(total)))
     return _percentiles(total[chosen].sum(1) / count[chosen].sum(1))
+
+
+def bootstrap_sums(
+    units: ArrayLike,
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    seed: int = 0,
+    draws: int = DRAWS,
+) -> Interval | None:
+    """Percentile interval of a statistic of sums over units when the units are drawn again.
+
+    Args:
+        units: (N, ...) what each unit adds to the sums.
+        statistic: from (draws, ...) sums to (draws,) values; NaN where the sums have none, which is left out.
+
+    Returns:
+        As `bootstrap_mean`; None for fewer than two units, or where no draw has a value.
+    """
+    table = np.asarray(units, np.float64)
+    if len(table) < 2:
+        return None
+    times = _rng(seed).multinomial(len(table), np.full(len(table), 1 / len(table)), size=draws).astype(np.float64)
+    values = statistic((times @ table.reshape(len(table), -1)).reshape(draws, *table.shape[1:]))
+    values = values[~np.isnan(values)]
+    return _percentiles(values) if len(values) else None
 
 
 def bootstrap_pairs(groups: Sequence[NDArray[np.float64]], seed: int = 0, draws: int = DRAWS) -> Interval | None:

@@ -7,12 +7,17 @@ from typing import Any, Literal
 from etherdiff.eval.clip_i import ClipI
 from etherdiff.eval.clip_t import ClipT
 from etherdiff.eval.dino import Dino
+from etherdiff.eval.edges_f1 import EdgesF1, EdgesF1Within1
 from etherdiff.eval.fid import Fid
+from etherdiff.eval.landmarks_error import LandmarksError
 from etherdiff.eval.lpips_diversity import LpipsDiversity
 from etherdiff.eval.lpips_to_real import LpipsToReal
 from etherdiff.eval.real_images import RealDistance, RealSimilarity
+from etherdiff.eval.segmentation_scores import MeanAccuracy, MeanIoU, PixelAccuracy
 
-Compares = Literal["real x generated", "image x prompt", "images of one prompt", "real x other real", "sets"]
+Compares = Literal[
+    "real x generated", "image x prompt", "images of one prompt", "real x other real", "sets", "control x generated"
+]
 
 
 @dataclass(frozen=True)
@@ -20,9 +25,9 @@ class MetricEntry:
     """One metric of `METRICS`."""
 
     make: Callable[..., Any]
-    """A torchmetrics `Metric`, made without arguments; with the number of features for FID."""
+    """A torchmetrics `Metric`, made without arguments; with the number of features for FID, of classes for segmentation."""
     role: str
-    """The backbone that it reads, of `etherdiff.eval.backbones.ROLES`."""
+    """The backbone that it reads, of `etherdiff.eval.backbones.ROLES`; of `CONTROL_ROLES` where it compares with a control."""
     compares: Compares
     definition: str
     lowest: float
@@ -111,8 +116,67 @@ METRICS: dict[str, MetricEntry] = {
         lowest=0,
         highest=None,
     ),
+    "miou": MetricEntry(
+        MeanIoU,
+        "segmenter",
+        "control x generated",
+        "mean over classes of intersection / union of the map and of what a segmenter sees, each summed over all images",
+        lowest=0,
+        highest=1,
+    ),
+    "accuracy": MetricEntry(
+        PixelAccuracy,
+        "segmenter",
+        "control x generated",
+        "share of all pixels of which a segmenter sees the class that the map wants",
+        lowest=0,
+        highest=1,
+    ),
+    "mean_accuracy": MetricEntry(
+        MeanAccuracy,
+        "segmenter",
+        "control x generated",
+        "mean over classes of the share of their pixels, in all maps, of which a segmenter sees that class",
+        lowest=0,
+        highest=1,
+    ),
+    "edges_f1": MetricEntry(
+        EdgesF1,
+        "edges",
+        "control x generated",
+        "F1 of the edge pixels of the generated images against the controls', over all pixels",
+        lowest=0,
+        highest=1,
+    ),
+    "edges_f1_within_1": MetricEntry(
+        EdgesF1Within1,
+        "edges",
+        "control x generated",
+        "F1 of the edge pixels of the generated images against the controls', one pixel off being near enough",
+        lowest=0,
+        highest=1,
+    ),
+    "landmarks_error": MetricEntry(
+        LandmarksError,
+        "landmarks",
+        "control x generated",
+        "mean distance of the generated face's landmarks from the control's, over the distance of the outer eye corners "
+        "(68 points) or the diagonal of the points' box",
+        lowest=0,
+        highest=None,
+    ),
 }
 
+CONTROL_ROLES = ("segmenter", "edges", "landmarks")
+"""What reads a control back from a generated image: a network, Canny's algorithm, a detector of faces."""
+CONTROL_METRICS: dict[str, tuple[str, ...]] = {
+    "segmentation": ("miou", "accuracy", "mean_accuracy", "fid"),
+    "canny": ("edges_f1", "edges_f1_within_1", "fid"),
+    "landmarks": ("landmarks_error", "fid"),
+}
+"""Name of a control signal -> what controllable generation is scored by."""
+PROMPT_METRICS = tuple(name for name, entry in METRICS.items() if entry.compares != "control x generated")
+"""What images of prompts can be scored by."""
 SUBJECT_METRICS = ("dino", "clip_i", "clip_t", "lpips_to_real", "lpips_diversity")
 """What a subject is scored by, baselines aside; FID wants hundreds of images on both sides."""
 HELD_OUT = "_held_out"

@@ -81,7 +81,7 @@ class Batch:
 
     def missing(self) -> list[int]:
         """The seeds whose image is not there whole."""
-        return [seed for seed, path in self.images.items() if not _is_whole(path)]
+        return [seed for seed, path in self.images.items() if not is_whole(path)]
 
 
 def make_prompts(texts: Sequence[str], identifier: str, class_noun: str) -> tuple[EvalPrompt, ...]:
@@ -159,7 +159,7 @@ def why_not_these(folder: Path, name: str, wanted: Mapping[str, Any], complete: 
     return [f"{folder / name} holds images made with other settings ({'; '.join(found)}): pass --overwrite to draw them anew"]
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     try:
         with Image.open(path) as image:
             image.verify()

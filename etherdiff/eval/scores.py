@@ -9,7 +9,7 @@ from etherdiff.errors import UserError
 from etherdiff.eval.backbones import find_backbones
 from etherdiff.eval.fid import fid_problem
 from etherdiff.eval.image_set import ImageSet, PromptImages, Scoring, read_images
-from etherdiff.eval.metrics import METRICS
+from etherdiff.eval.metrics import METRICS, PROMPT_METRICS
 from etherdiff.eval.network import Backbone
 from etherdiff.eval.scorer import Scorer
 
@@ -63,11 +63,13 @@ def score_images(
 def _refuse_what_cannot_be_scored(
     real: Sequence[Path], prompts: Sequence[PromptImages], scoring: Scoring, loaded: Mapping[str, Backbone] | None
 ) -> None:
-    problems = [f"metric {name!r}: there are {', '.join(METRICS)}" for name in scoring.metrics if name not in METRICS]
+    problems = [
+        f"metric {name!r}: there are {', '.join(PROMPT_METRICS)}" for name in scoring.metrics if name not in PROMPT_METRICS
+    ]
     known = [METRICS[name] for name in scoring.metrics if name in METRICS]
     generated = sum(len(prompt.images) for prompt in prompts)
     if not scoring.metrics:
-        problems.append(f"no metric is asked for: there are {', '.join(METRICS)}")
+        problems.append(f"no metric is asked for: there are {', '.join(PROMPT_METRICS)}")
     if not generated:
         problems.append("there are no generated images to score")
     if not real and any(entry.compares in ("real x generated", "real x other real", "sets") for entry in known):

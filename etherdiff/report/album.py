@@ -32,13 +32,13 @@ class Album:
         fitting = (side for side in SIDES if expected * side * side * _TYPICAL <= budget)
         self.side = next(fitting, SIDES[-1])
 
-    def picture(self, path: Path, alt: str) -> Html:
-        """The image; or, in its place, why it is not shown."""
+    def picture(self, path: Path, alt: str, side: int | None = None) -> Html:
+        """The image; or, in its place, why it is not shown. side: the longest side in pixels, if not that of all."""
         try:
             image = read_image(path)
         except UnreadableImage as error:
             return tag("span", f"unreadable: {error.why}", class_="no-image")
-        content, kind, class_ = _encode(image, self.side)
+        content, kind, class_ = _encode(image, side or self.side)
         source = f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
         if self.spent + len(source) > self.budget:
             self.not_shown += 1

@@ -50,6 +50,8 @@ class Contents:
     """eval/metrics.json."""
     best: dict[str, Any] | None = None
     """best/best.json."""
+    sheet: Path | None = None
+    """eval/sheet.png: of a controllable run, controls beside generated and real images."""
     evaluated: list[PromptImages] = field(default_factory=list)
     sampled: list[PromptImages] = field(default_factory=list)
     """Sample images of training: the base's and those of each step."""
@@ -71,6 +73,7 @@ def read_contents(path: Path) -> Contents:
     base = _recorded_base(provenance)
     drift, why_no_drift = _drift(run, base)
     trainable, adapter_bytes = _adapter_size(run)
+    sheet = path / "eval" / "sheet.png"
     return Contents(
         path=path,
         config=config,
@@ -80,7 +83,8 @@ def read_contents(path: Path) -> Contents:
         eval_cost=_read_object(path / "eval" / "cost.json", damaged) or {},
         result=result,
         best=_read_object(path / "best" / "best.json", damaged),
-        evaluated=_evaluated(path / "eval", config.method, result or {}),
+        sheet=sheet if sheet.is_file() else None,
+        evaluated=[] if sheet.is_file() else _evaluated(path / "eval", config.method, result or {}),
         sampled=_sampled(run.samples),
         subject=_subject_images(config),
         trainable=trainable,

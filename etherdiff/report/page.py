@@ -12,7 +12,7 @@ from etherdiff.report.drift import drift_section
 from etherdiff.report.markup import Html, facts, foreign, join, tag
 from etherdiff.report.numbers import counted, number, seconds
 from etherdiff.report.pictures import expected_images, picture_sections
-from etherdiff.report.scores import headline, left_out_count, per_prompt_section, scores_section
+from etherdiff.report.scores import headline, left_out_count, per_class_section, per_prompt_section, scores_section
 from etherdiff.report.settings import settings_section, shown
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -51,6 +51,7 @@ def _sections(contents: Contents, album: Album) -> list[Section]:
         *picture_sections(contents, album),
         ("scores", "Scores", scores_section(contents)),
         ("prompts", "Prompt by prompt", per_prompt_section(contents)),
+        ("classes", "Class by class", per_class_section(contents)),
         ("curves", "Learning curves", curves_section(contents)),
         ("cost", "Cost", cost_section(contents)),
         ("drift", "Drift from the base", drift_section(contents)),
@@ -64,7 +65,7 @@ def _section(place: str, name: str, body: Html) -> Html:
 
 
 def _subject(contents: Contents) -> str:
-    subject = str(getattr(contents.config, "subject", ""))
+    subject = str(getattr(contents.config, "subject", None) or getattr(contents.config, "dataset", ""))
     return Path(subject).name or subject
 
 

@@ -11,6 +11,7 @@ PROMPTS_SHOWN = 40
 SEEDS_SHOWN = 4
 STEPS_SHOWN = 5
 SUBJECT_SHOWN = 6
+SHEET_SIDE = 1600
 OPEN = 8
 """Prompts that are in sight at once; the others open at a click."""
 LEFT_OUT = ("black", "unreadable", "bad_features")
@@ -29,6 +30,10 @@ def picture_sections(contents: Contents, album: Album) -> list[tuple[str, str, H
     """(id, title, body) of what there is to see."""
     found = []
     subject = _subject(contents, album)
+    if contents.sheet:
+        note = tag("p", "A row for each of the first pairs: control, generated, real.", class_="note")
+        shown = album.picture(contents.sheet, "controls, generated and real images", SHEET_SIDE)
+        found.append(("images", "Control and image", join(note, shown)))
     if contents.evaluated:
         refused = _refused(contents.result or {})
         note = tag("p", "The base above, the adapted model below; a column per seed.", class_="note")

@@ -20,16 +20,27 @@ NAMES = {
     "fid": "FID",
     "miou": "mIoU",
     "accuracy": "Pixel accuracy",
+    "mean_accuracy": "Mean accuracy of classes",
+    "edges_f1": "F1 of edges",
+    "edges_f1_within_1": "F1 of edges, one pixel off being near enough",
+    "landmarks_error": "Normalised error of landmarks",
 }
 REASONS = {
     "black": "black images, as a safety checker leaves them",
     "unreadable": "unreadable images",
     "bad_features": "images whose features are not finite",
+    "no_face": "images in which no face is found",
     "missing": "prompts with another number of images than wanted",
     "long_prompts": "prompts longer than the text encoder reads",
 }
 TINY_NOTE = "On the tiny base these scores show the method at work; they say nothing about Stable Diffusion 1.5."
 HEAD = ("", "mean", "95% interval", "", "paper", "n")
+BESIDE = {
+    "shuffled_images": "with another's control",
+    "uncontrolled_images": "without control",
+    "real_images": "real images",
+}
+"""Sets of images that a controllable run is scored beside -> what they are called."""
 LISTED = 50
 """Entries of one kind that are named; the others are counted."""
 
@@ -47,7 +58,8 @@ def scores_section(contents: Contents) -> Html:
     groups = [name for name in scores if not name.endswith(HELD_OUT) and name not in _baselines()]
     base = mapping(mapping(result.get("base")).get("scores"))
     paper = _papers(result)
-    bodies = [_score_rows(name, scores, base, paper, contents.config.method) for name in groups]
+    beside = {BESIDE.get(name, name): mapping(found) for name, found in mapping(result.get("beside")).items()}
+    bodies = [_score_rows(name, scores, base, paper, contents.config.method, beside) for name in groups]
     return join(
         tag("p", TINY_NOTE, class_="note") if contents.config.base == "tiny" else None,
         _grouped(HEAD, bodies) if bodies else tag("p", "There is no score."),
@@ -71,6 +83,24 @@ def per_prompt_section(contents: Contents) -> Html | None:
         cells = [_tinted(column[place], low_high) for column, low_high in zip(columns, ranges, strict=True)]
         body.append([foreign(row.get("prompt") or "–"), _whole(row.get("n")), *cells])
     return table(["prompt", "images", *map(_title, names)], body, "numbers prompts", "Scores of each prompt")
+
+
+def per_class_section(contents: Contents) -> Html | None:
+    """A row per class of a segmentation map; None for any other run."""
+    rows = [mapping(row) for row in sequence((contents.result or {}).get("per_class"))]
+    if not rows:
+        return None
+    ious = [number(row.get("iou")) for row in rows]
+    body = [
+        [
+            foreign(row.get("name") or "–"),
+            _tinted(iou, (0.0, 1.0)),
+            score(number(row.get("accuracy"))),
+            _whole(row.get("pixels_wanted")),
+        ]
+        for row, iou in zip(rows, ious, strict=True)
+    ]
+    return table(["class", "IoU", "accuracy", "pixels in the maps"], body, "numbers prompts", "Scores of each class")
 
 
 def headline(contents: Contents) -> dict[str, str]:
@@ -107,8 +137,15 @@ def _papers(result: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _score_rows(name: str, scores: Mapping[str, Any], base: Mapping[str, Any], paper: Mapping[str, float], method: str) -> Html:
-    """A score's part of the table: this run, the base, both to held-out images, real images."""
+def _score_rows(
+    name: str,
+    scores: Mapping[str, Any],
+    base: Mapping[str, Any],
+    paper: Mapping[str, float],
+    method: str,
+    beside: Mapping[str, Mapping[str, Any]],
+) -> Html:
+    """A score's part of the table: this run, the base, both to held-out images, real images; or the sets beside it."""
     entry = METRICS.get(name)
     baseline = entry.baseline or "" if entry else ""
     candidates = {
@@ -117,6 +154,7 @@ def _score_rows(name: str, scores: Mapping[str, Any], base: Mapping[str, Any], p
         f"{method}, to held-out images": (mapping(scores.get(name + HELD_OUT)), None),
         "base, to held-out images": (mapping(base.get(name + HELD_OUT)), None),
         "real images": (mapping(scores.get(baseline)), paper.get(baseline)),
+        **{who: (mapping(mapping(found.get("scores")).get(name)), None) for who, found in beside.items()},
     }
     present = {who: found for who, found in candidates.items() if number(found[0].get("mean")) is not None}
     ends = [number(one.get(key)) for one, _ in present.values() for key in ("mean", "low", "high")]

@@ -20,7 +20,7 @@ from torch import Tensor
 from etherdiff.files import file_hash, save_tensors, staged_folder
 from etherdiff.train.loop import TrainingState
 
-FORMAT = 1
+FORMAT = 2
 FILES = {"parameters.safetensors", "optimizer.safetensors", "state.json"}
 BEST = {f"best/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "base.json", "best.json")}
 OPTIONAL = {"ema.safetensors", "metrics.jsonl", "run.yaml"} | BEST
@@ -130,10 +130,11 @@ def _damage(path: Path) -> str | None:
 
 
 def _optimizer_state(state: TrainingState) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's tensors by `parameter/key`, and what else it keeps, by parameter and for its group."""
+    """The optimizer's tensors by `parameter/key`, and what else it keeps, by parameter and for its groups."""
     raw = state.optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
-    numbers: dict[str, Any] = {"group": {k: v for k, v in raw["param_groups"][0].items() if k != "params"}, "state": {}}
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in raw["param_groups"]]
+    numbers: dict[str, Any] = {"groups": groups, "state": {}}
     for index, name in enumerate(state.parameters):
         for key, value in raw["state"].get(index, {}).items():
             if isinstance(value, Tensor):
@@ -149,5 +150,6 @@ def _restore_optimizer(state: TrainingState, tensors: dict[str, Tensor], numbers
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
         restored[names.index(name)][entry] = value
-    group = state.optimizer.state_dict()["param_groups"][0] | numbers["group"]
-    state.optimizer.load_state_dict({"state": restored, "param_groups": [group]})
+    present = state.optimizer.state_dict()["param_groups"]
+    groups = [group | saved for group, saved in zip(present, numbers["groups"], strict=True)]
+    state.optimizer.load_state_dict({"state": restored, "param_groups": groups})

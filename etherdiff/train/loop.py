@@ -1,7 +1,7 @@
 """The training loop: optimizer steps over a task, knowing nothing of what the task is."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite, nan
@@ -28,6 +28,14 @@ OnStep = Callable[["TrainingState", float], None]
 """Called after each optimizer step with the mean loss of the whole batch over all processes; NaN: it was skipped."""
 HOPELESS = 100
 """Skipped steps in a row after which a run stops, whatever it was told."""
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """A part of a task with a learning rate of its own."""
+
+    module: nn.Module
+    learning_rate: float
 
 
 @dataclass
@@ -63,12 +71,21 @@ def make_accelerator(config: TrainConfig, logs: Path) -> Accelerator:
     return accelerator
 
 
-def prepare_training(task: nn.Module, config: TrainConfig, accelerator: Accelerator) -> TrainingState:
-    """Optimizer, schedule and moving average for the task's trainable parameters; the task moves to its device."""
-    parameters = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+def prepare_training(
+    task: nn.Module, config: TrainConfig, accelerator: Accelerator, groups: Sequence[ParameterGroup] = ()
+) -> TrainingState:
+    """Optimizer, schedule and moving average for the task's trainable parameters; the task moves to its device.
+
+    groups: modules with learning rates of their own; all else that is trainable has `config.learning_rate`.
+    """
+    trainable = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+    rates = {id(parameter): group.learning_rate for group in groups for parameter in group.module.parameters()}
+    by_rate: dict[float | None, dict[str, nn.Parameter]] = {}
+    for name, parameter in trainable.items():
+        by_rate.setdefault(rates.get(id(parameter), config.learning_rate), {})[name] = parameter
+    parameters = {name: parameter for group in by_rate.values() for name, parameter in group.items()}
     optimizer = _optimizer_class(config)(
-        parameters.values(),
-        lr=config.learning_rate,
+        [{"params": list(group.values()), "lr": rate} for rate, group in by_rate.items()],
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,
     )

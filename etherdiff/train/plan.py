@@ -25,7 +25,7 @@ from etherdiff.ui import is_main_process, warn
 
 T = TypeVar("T")
 PAPER_CLASS_IMAGES = 200
-TINY_CLASS_IMAGES = 20  # enough where nothing but the steps is to be seen
+TINY_CLASS_IMAGES = 20  # drawing the paper's 200 would take longer than a few hundred steps
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def plan_dreambooth(config: DreamBoothConfig, resuming: bool = False) -> DreamBo
     if base is not None and resolution % base.resolution_step:
         problems.found.append(f"resolution: must be a multiple of {base.resolution_step} for this base, not {resolution}")
     if base is not None and options is not None:
-        problems.attempt(lambda: _try_adapter(base, config.method, options))
+        problems.attempt(lambda: try_adapter(base, config.method, options))
     problems.found += machine_problems(config)
     output = config.output or Path("runs") / f"{Path(config.subject).name}-{config.method}"
     if not resuming:
@@ -96,8 +96,8 @@ def plan_dreambooth(config: DreamBoothConfig, resuming: bool = False) -> DreamBo
         update={
             # absolute, so that the run can be resumed from any folder
             "output": output.absolute(),
-            "base": _absolute(config.base),
-            "subject": _absolute(config.subject),
+            "base": absolute(config.base),
+            "subject": absolute(config.subject),
             "data_root": root.absolute() if root else None,
             "learning_rate": config.learning_rate or METHODS[config.method].learning_rate,
             "blocks": options.blocks,
@@ -120,7 +120,7 @@ def plan_dreambooth(config: DreamBoothConfig, resuming: bool = False) -> DreamBo
     )
 
 
-def _absolute(name: str) -> str:
+def absolute(name: str) -> str:
     """A path that exists, absolute; any other name as it is."""
     path = Path(name).expanduser()
     return str(path.absolute()) if path.exists() and name != "tiny" else name
@@ -178,7 +178,7 @@ def prompt_problems(base: Base, prompt: str) -> list[str]:
     ]
 
 
-def _try_adapter(base: Base, method: str, options: MethodOptions) -> None:
+def try_adapter(base: Base, method: str, options: MethodOptions) -> None:
     """Put the adapter into a UNet without weights: what does not fit is found before anything is loaded."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(base.config("unet"))

@@ -41,7 +41,8 @@ def unet(plain_unet):
 
 def predict(unet):
     generator = torch.Generator().manual_seed(0)
-    latents, text = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 77, 32, generator=generator)
+    latents = torch.randn(2, 4, 16, 16, generator=generator)
+    text = torch.randn(2, 77, unet.config.cross_attention_dim, generator=generator)
     weight = unet.conv_in.weight
     with torch.no_grad():
         return unet(latents.to(weight.dtype), 500, text.to(weight.dtype), return_dict=False)[0].float()
@@ -83,7 +84,7 @@ def saved(plain_unet, tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_saved_loads_as_it_was(method, saved, unet):
     folder, expected = saved[method]
-    assert relative(expected, predict(unet)) > 1e-3  # it does something
+    assert relative(expected, predict(unet)) > 1e-4  # it does something
     rng = torch.get_rng_state()
 
     model = load_adapter(unet, folder)
@@ -189,7 +190,7 @@ def test_several_adapters_act_together_and_merge_as_they_act(method, saved, plai
     model = load_adapters(unet, [(saved[method][0], 1.0), (tmp_path / "second", 1.0)])
     together = predict(unet)
     assert adapter_names(model) == model.active_adapters == ["default", "default_1"]
-    assert relative(together, saved[method][1]) > 1e-3
+    assert relative(together, saved[method][1]) > 1e-4
     assert relative(predict(merge_adapter(model)), together) < 1e-5
 
 
@@ -376,7 +377,7 @@ def test_truncated_weights(kept, method, saved, unet, plain_unet, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_for_another_base(method, unet, plain_unet, tmp_path):
-    config = dict(plain_unet.config) | {"block_out_channels": (48, 64)}
+    config = dict(plain_unet.config) | {"block_out_channels": (32, 128, 192)}
     other = type(plain_unet).from_config(config)
     save_adapter(make(other, method), tmp_path / "a", BASE | {"name": "wider"})
     with pytest.raises(UserError, match=r"does not fit this UNet: .* for another base \(wider\)") as error:

@@ -369,3 +369,18 @@ def test_autograd_keeps_the_input_and_k_numbers_per_token_and_side(relaxed, two_
     for activation in activations:  # none is a window of something larger
         assert activation.untyped_storage().nbytes() == 4 * 2 * tokens * k
     assert len(saved) == len(parameters) + sides
+
+
+def test_computing_with_shapes_alone_leaves_nothing_behind():
+    """`etherdiff inspect` runs a step without numbers; what is computed afterwards in the same process has them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from etherdiff.adapters import reflection
+
+    reflection._MIXINGS.clear()
+    vectors = torch.randn(1, 6)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        reflection.left_right(reflection.normalise(torch.randn(1, 6), None), torch.float32)
+    left, right = reflection.left_right(reflection.normalise(vectors, None), torch.float32)
+    unit = vectors / vectors.norm()
+    torch.testing.assert_close(left.T @ right, -2 * unit.T @ unit)

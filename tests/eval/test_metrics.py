@@ -16,7 +16,7 @@ from etherdiff.eval.dino import Dino
 from etherdiff.eval.fid import Fid, fid_problem, frechet_distance, moments
 from etherdiff.eval.lpips_diversity import LpipsDiversity
 from etherdiff.eval.lpips_to_real import LpipsToReal
-from etherdiff.eval.metrics import METRICS, SUBJECT_METRICS
+from etherdiff.eval.metrics import CONTROL_METRICS, CONTROL_ROLES, METRICS, PROMPT_METRICS, SUBJECT_METRICS
 from etherdiff.eval.pairs import cosine_pairs, cosine_rows, upper_pairs
 
 WIDTH = 5
@@ -41,6 +41,8 @@ def square(count, seed=0):
 def updates(name, seed=0):
     """Two valid updates of a metric, as keyword arguments."""
     compares, role = METRICS[name].compares, METRICS[name].role
+    if compares == "control x generated":
+        return [{"found": control(role, seed + n, n), "wanted": control(role, seed + n + 9, n)} for n in (1, 2)]
     if compares == "sets":
         return [{"imgs": features(9, seed=seed), "real": True}, {"imgs": features(9, seed=seed + 1), "real": False}]
     if compares == "image x prompt":
@@ -55,8 +57,17 @@ def updates(name, seed=0):
     return [{"real": features(2, seed=seed), "generated": features(n, seed=seed + 1)} for n in (3, 4)]
 
 
+def control(role, seed, count):
+    """What is read from images of 6 x 6 pixels: classes, edges or points."""
+    rng = np.random.default_rng(seed)
+    if role == "segmenter":
+        return torch.from_numpy(rng.integers(0, WIDTH, (count, 6, 6)))
+    return torch.from_numpy(rng.random((count, 6, 6)) < 0.4 if role == "edges" else rng.uniform(0, 6, (count, 5, 2)))
+
+
 def make(name):
-    return METRICS[name].make(WIDTH) if METRICS[name].compares == "sets" else METRICS[name].make()
+    entry = METRICS[name]
+    return entry.make(WIDTH) if entry.compares == "sets" or entry.role == "segmenter" else entry.make()
 
 
 def computed(name, given):
@@ -74,7 +85,7 @@ class TestContract:
         assert isinstance(metric, Metric)
         assert isinstance(entry.higher_is_better, bool)
         assert entry.make.__doc__
-        assert entry.role in ("dino", "clip", "lpips", "fid")
+        assert entry.role in (CONTROL_ROLES if entry.compares == "control x generated" else ("dino", "clip", "lpips", "fid"))
         assert entry.baseline is None or METRICS[entry.baseline].compares == "real x other real"
 
     def test_its_value_is_one_float64_number_within_its_range(self, name):
@@ -111,7 +122,7 @@ class TestContract:
     def test_what_is_not_finite_is_refused(self, name, bad):
         (update, *_) = updates(name)
         for key, value in update.items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
                 spoiled = value.clone()
                 spoiled[0, 1] = bad
                 with pytest.raises(ValueError, match="finite"):
@@ -244,3 +255,11 @@ def test_fid_says_when_it_would_mislead():
 def test_subjects_are_scored_without_fid():
     assert set(SUBJECT_METRICS) < set(METRICS)
     assert "fid" not in SUBJECT_METRICS
+
+
+def test_every_control_is_scored_by_what_reads_it_and_by_fid_and_nothing_else_is():
+    told = {name for names in CONTROL_METRICS.values() for name in names}
+    assert told == {"fid", *(name for name, entry in METRICS.items() if entry.compares == "control x generated")}
+    assert all("fid" in names for names in CONTROL_METRICS.values())
+    assert set(PROMPT_METRICS) == set(METRICS) - told | {"fid"}
+    assert set(SUBJECT_METRICS) < set(PROMPT_METRICS)

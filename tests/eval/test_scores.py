@@ -14,7 +14,7 @@ from etherdiff.eval.backbones import find_backbones
 from etherdiff.eval.combine import combine_subjects, differences
 from etherdiff.eval.image_set import PromptImages, Scoring
 from etherdiff.eval.lpips_distance import lpips_distances
-from etherdiff.eval.metrics import METRICS
+from etherdiff.eval.metrics import METRICS, PROMPT_METRICS
 from etherdiff.eval.scores import score_images
 from etherdiff.images import read_image
 
@@ -328,7 +328,7 @@ def test_loaded_networks_are_used_and_must_be_enough(photos, prompts, scoring, s
 
 
 def test_every_metric_can_be_asked_for_by_name(photos, prompts, scoring):
-    for name in METRICS:
+    for name in PROMPT_METRICS:
         if METRICS[name].compares != "sets":
             assert score_images(*photos, prompts, replace(scoring, metrics=(name,)))["scores"][name]["n"] > 0
 

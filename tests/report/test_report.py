@@ -10,7 +10,7 @@ from test_markup import HOSTILE, Parsed
 
 from etherdiff.errors import UserError
 from etherdiff.images import save_png
-from etherdiff.models import find_base
+from etherdiff.models import find_base, load_base
 from etherdiff.report import write_report
 from etherdiff.report.album import Album
 
@@ -72,7 +72,9 @@ def test_cost_and_drift(whole):
         assert said in text
     shapes = re.search(r"trainable parameters([\d,]+)", text)
     assert shapes is not None
-    assert int(shapes[1].replace(",", "")) == 10752
+    unet = load_base(find_base("tiny")).unet
+    attention = [m for n, m in unet.named_modules() if n.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
+    assert int(shapes[1].replace(",", "")) == sum(2 * (layer.in_features + layer.out_features) for layer in attention)  # ether+
 
 
 def test_the_same_run_gives_the_same_page_and_nothing_of_this_machine(whole):

@@ -270,7 +270,7 @@ def test_moments_are_encoded_once_and_again_when_anything_changes(model, hashes,
 def test_text_embeddings_are_the_pipelines(model, hashes):
     prompts = ["a photo of sks dog", "a photo of dog", "", "dog " * 200]
     found = cached_text(model, prompts, hashes, torch.device("cpu"))
-    assert found.shape == (4, 77, 32)
+    assert found.shape == (4, 77, model.text_encoder.config.hidden_size)
     assert found.dtype == torch.float32
     for prompt, text in zip(prompts, found, strict=True):
         ids = model.tokenizer(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids

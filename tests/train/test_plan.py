@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from subject_photos import draw_subject
 
 from etherdiff.adapters.methods import METHODS
 from etherdiff.config import DreamBoothConfig
 from etherdiff.errors import UserError
 from etherdiff.models import ALIASES
 from etherdiff.tiny import tiny_folder
-from etherdiff.tiny.subject import draw_subject
 from etherdiff.train import plan as plan_module
 from etherdiff.train.plan import plan_dreambooth
 from etherdiff.ui import console
@@ -151,11 +151,11 @@ def test_a_subject_of_dreambooth_has_its_noun(tmp_path):
 @pytest.mark.parametrize("resolution", [1, 60, 66, 100])
 def test_resolutions_that_the_unet_cannot_take(subject, resolution):
     (found,) = problems(subject, resolution=resolution)
-    assert found == f"resolution: must be a multiple of 8 for this base, not {resolution}"
+    assert found == f"resolution: must be a multiple of 16 for this base, not {resolution}"
 
 
 def test_a_resolution_it_can_take(subject):
-    assert plan_dreambooth(config(subject, resolution=72)).resolution == 72
+    assert plan_dreambooth(config(subject, resolution=80)).resolution == 80
 
 
 @pytest.mark.parametrize(

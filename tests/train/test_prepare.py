@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from subject_photos import draw_subject
 
 from etherdiff.config import DreamBoothConfig
 from etherdiff.images import read_png_settings
 from etherdiff.models import make_pipeline
-from etherdiff.tiny.subject import draw_subject
 from etherdiff.train import prepare
 from etherdiff.train.plan import plan_dreambooth
 from etherdiff.train.prepare import class_seed, make_class_images
@@ -25,14 +25,9 @@ def subject(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(find_tiny_first, tmp_path, monkeypatch):
-    """Each test makes its class images anew, on the tiny base that was built for all."""
+def _own_cache(tmp_path, monkeypatch):
+    """Each test makes its class images anew."""
     monkeypatch.setattr(prepare, "cache_dir", lambda: tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def find_tiny_first(model):
-    return None
 
 
 @pytest.fixture

@@ -1,0 +1,182 @@
+"""Captions: from files that others wrote, and from BLIP where there are none."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from etherdiff.errors import UserError
+from etherdiff.files import file_hash
+from etherdiff.images import UnreadableImage, read_image
+from etherdiff.paths import cache_dir
+from etherdiff.ui import track
+
+BLIP = "Salesforce/blip-image-captioning-base"
+MOST_NEW_TOKENS = 40
+BATCH = 8
+IMAGE_KEYS = ("image", "file_name", "target")
+CONTROL_KEYS = ("control", "conditioning_image", "conditioning", "source")
+TEXT_KEYS = ("text", "prompt", "caption")
+"""What the fields of a line are called, here and elsewhere; the first that a line has counts."""
+_EXAMPLES = 5
+
+
+def read_captions(path: Path) -> dict[str, str]:
+    """Captions by the stem of their image's name, from lines of JSON with an image (or a control) and a text.
+
+    A JSON array of such objects, or one object {"image": "text", …}, does as well.
+
+    Raises:
+        UserError: unreadable, or lines that are something else.
+    """
+    found, wrong = {}, []
+    for where, entry in _entries(path):
+        image = first_of(entry, (*IMAGE_KEYS, *CONTROL_KEYS))
+        text = first_of(entry, TEXT_KEYS)
+        if isinstance(image, str) and isinstance(text, str):
+            found[stem(image)] = text.strip()
+        else:
+            wrong.append(where)
+    if wrong:
+        more = ", …" if len(wrong) > _EXAMPLES else ""
+        raise UserError(
+            f"{path}: {len(wrong)} entries without an image ({', '.join(IMAGE_KEYS)}) and a text ({', '.join(TEXT_KEYS)}): "
+            f"{', '.join(wrong[:_EXAMPLES])}{more}"
+        )
+    return found
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, content) of a file with one JSON value per line; None where a line is not JSON. Blank lines are skipped.
+
+    Raises:
+        UserError: the file cannot be read as text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError:
+                yield number, None
+
+
+def first_of(entry: Any, keys: Sequence[str]) -> Any:
+    """What an object has under the first of these keys that it has; None otherwise."""
+    return next((entry[key] for key in keys if key in entry), None) if isinstance(entry, dict) else None
+
+
+def stem(name: str) -> str:
+    """A file's name without folders and suffix, whichever system wrote it."""
+    return PurePosixPath(name.replace("\\", "/")).stem
+
+
+def make_captions(images: Sequence[Path], device: str = "auto", model: str = BLIP, batch_size: int = BATCH) -> list[str]:
+    """A caption for each image file, by BLIP; those made before come from the cache.
+
+    Args:
+        model: a hub id or a folder with a BlipForConditionalGeneration and its processor.
+
+    Raises:
+        UserError: the model cannot be had, or images cannot be read.
+    """
+    hashes = _hashes(images)
+    cache = cache_dir() / "captions-1" / f"{_model_key(model)}.jsonl"
+    made = _read_made(cache)
+    missing: dict[str, Path] = {}
+    for content, path in zip(hashes, images, strict=True):
+        if content not in made:
+            missing.setdefault(content, path)
+    if missing:
+        describe = _load(model, device)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        todo = list(missing.items())
+        for start in track(range(0, len(todo), batch_size), f"captions by {model}"):
+            part = todo[start : start + batch_size]
+            texts = describe([path for _, path in part])
+            made |= dict(zip([content for content, _ in part], texts, strict=True))
+            lines = [json.dumps({"sha256": content, "text": made[content]}) for content, _ in part]
+            with cache.open("a", encoding="utf-8") as file:  # at once: a stopped run goes on where it was
+                file.write("\n" + "\n".join(lines) + "\n")  # the first ends a line that a kill cut short
+    return [made[content] for content in hashes]
+
+
+def _entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, object) of everything that a caption file lists."""
+    lines = list(read_lines(path))
+    if len(lines) == 1 or (lines and lines[0][1] is None):  # not one object per line: one value in all?
+        try:
+            whole = json.loads(path.read_text(encoding="utf-8-sig"))
+        except ValueError:
+            whole = None
+        if isinstance(whole, list):
+            yield from ((f"entry {number}", entry) for number, entry in enumerate(whole, 1))
+            return
+        if isinstance(whole, dict) and first_of(whole, TEXT_KEYS) is None:
+            yield from ((name, {"image": name, "text": text}) for name, text in whole.items())
+            return
+    yield from ((f"line {number}", entry) for number, entry in lines)
+
+
+def _hashes(images: Sequence[Path]) -> list[str]:
+    try:
+        return [file_hash(path) for path in images]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def _model_key(model: str) -> str:
+    """Tells models apart: the hub id, or the hashes of a folder's files."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return model.replace("/", "--")
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".txt"))
+    return hashlib.sha256("".join(f"{path.name} {file_hash(path)}\n" for path in files).encode()).hexdigest()
+
+
+def _read_made(cache: Path) -> dict[str, str]:
+    """A last line that was cut short by a kill is only made again."""
+    if not cache.is_file():
+        return {}
+    entries = [entry for _, entry in read_lines(cache) if isinstance(entry, dict)]
+    return {entry["sha256"]: entry["text"] for entry in entries if {"sha256", "text"} <= entry.keys()}
+
+
+def _load(model: str, device: str) -> Callable[[list[Path]], list[str]]:
+    """What describes a batch of image files."""
+    import torch
+    from transformers import AutoProcessor, BlipForConditionalGeneration
+
+    from etherdiff.devices import device_problem, resolve_device
+    from etherdiff.ui import quiet_libraries
+
+    if problem := device_problem(device):
+        raise UserError(problem)
+    quiet_libraries()
+    place = resolve_device(device)
+    try:
+        processor = AutoProcessor.from_pretrained(model)
+        blip = BlipForConditionalGeneration.from_pretrained(model, use_safetensors=True, dtype=torch.float32)
+    except Exception as error:  # the hub's own, its HTTP library's, transformers', the disk's
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"captions: {model} cannot be loaded ({reason}). Without a network, write captions yourself: "
+            'a file with a line {"image": …, "text": …} per image, named with --captions'
+        ) from error
+    blip = blip.eval().to(place)
+
+    def describe(paths: list[Path]) -> list[str]:
+        try:
+            images = [read_image(path) for path in paths]
+        except UnreadableImage as error:
+            raise UserError(str(error)) from error
+        pixels = processor(images=images, return_tensors="pt").to(place)
+        with torch.inference_mode():
+            tokens = blip.generate(**pixels, max_new_tokens=MOST_NEW_TOKENS, num_beams=3, do_sample=False)
+        return [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+
+    return describe

@@ -1,0 +1,183 @@
+"""etherdiff data check: what is wrong with a dataset, before anything is trained on it."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from rich.table import Table
+
+from etherdiff.control.datasets import in_threads, list_dataset
+from etherdiff.control.landmarks import Landmarks
+from etherdiff.control.palettes import IGNORED
+from etherdiff.control.readers.listing import Listing, Row, sentences
+from etherdiff.control.segmentation import Segmentation
+from etherdiff.control.signal import Signal
+from etherdiff.files import file_hash
+from etherdiff.images import UnreadableImage, read_image
+
+TOKENS = 77
+"""What Stable Diffusion's text encoder reads of a caption, its start and end included."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a dataset holds, and all that is wrong with it."""
+
+    name: str
+    signal: str
+    pairs: dict[str, int]
+    """Of each split."""
+    problems: dict[str, list[str]]
+    """What is wrong, and where."""
+    notes: dict[str, list[str]]
+    """What need not be wrong: training goes on with it."""
+    classes: dict[str, float] | None
+    """Of segmentation: the share of each class, and of none, in all pixels."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The report; of each problem its count and its cases."""
+        return {
+            "name": self.name,
+            "signal": self.signal,
+            "good": not self.problems,
+            "pairs": self.pairs,
+            "problems": {kind: {"count": len(cases), "cases": cases} for kind, cases in self.problems.items()},
+            "notes": {kind: {"count": len(cases), "cases": cases} for kind, cases in self.notes.items()},
+            "classes": self.classes,
+        }
+
+    def sentences(self) -> list[str]:
+        """Each problem with its count and its first few cases."""
+        return [f"{self.name}: {sentence}" for sentence in sentences(self.problems)]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What was found in the files of one row."""
+
+    problems: tuple[tuple[str, str], ...]
+    content: str | None
+    """The image's hash."""
+    classes: NDArray[np.int64] | None
+    points: int | None
+
+
+def check_dataset(
+    name: str,
+    data_root: Path | None,
+    *,
+    signal: str | None = None,
+    palette: str | None = None,
+    captions: Path | None = None,
+) -> Report:
+    """Read every image and every control of a dataset. UserError where there is none to list."""
+    chosen, listing = list_dataset(name, data_root, signal, palette, captions)
+    rows = listing.rows()
+    readings = in_threads(lambda item: _read(chosen, *item), rows, f"reading {Path(name).name}")
+    for reading in readings:
+        for kind, where in reading.problems:
+            listing.report(kind, where)
+    contents = [reading.content for reading in readings]
+    _find_duplicates(rows, contents, listing)
+    _find_silent(rows, listing)
+    _find_odd_points(rows, [reading.points for reading in readings], listing)
+    if not listing.training and not listing.problems:
+        listing.report("splits without a pair", "training")
+    pairs = {"training": len(listing.training), "evaluation": len(listing.evaluation)}
+    maps = [reading.classes for reading in readings if reading.classes is not None]
+    classes = _shares(chosen, maps) if isinstance(chosen, Segmentation) and maps else None
+    return Report(name, chosen.name, pairs, listing.problems, _long_captions(rows), classes)
+
+
+def render(report: Report) -> Table:
+    """The report for people: counts, what is wrong, what to know, the commonest classes first."""
+    table = Table(title=f"{report.name} ({report.signal})", show_header=False)
+    for split, count in report.pairs.items():
+        table.add_row(f"pairs, {split}", f"{count:,}")
+    for kind, found in (("wrong", report.problems), ("note", report.notes)):
+        for sentence in sentences(found):
+            table.add_row(kind, sentence)
+    for name, share in sorted((report.classes or {}).items(), key=lambda item: -item[1]):
+        table.add_row(name, f"{share:8.3%}  {'█' * round(40 * share)}")
+    return table
+
+
+def _read(signal: Signal, split: str, row: Row) -> _Reading:
+    where = f"{split}/{row.name}"
+    problems: list[tuple[str, str]] = []
+    content = size = classes = points = None
+    try:
+        content = file_hash(row.image)
+        size = read_image(row.image).size
+    except (UnreadableImage, OSError) as error:
+        problems.append(("images that cannot be read", f"{where}: {getattr(error, 'why', error)}"))
+    if row.control is not None:
+        found = signal.problems(row.control)
+        problems += [("controls that are not good", f"{where}: {problem}") for problem in found]
+        if not found and isinstance(signal, Landmarks):
+            points = len(signal.target(row.control, 1))
+        elif not found and size is not None and (other := _image_size(row.control)) != size:
+            problems.append(("controls of another size than their image", f"{where}: {_text(other)}, image {_text(size)}"))
+        if not found and isinstance(signal, Segmentation):
+            classes = np.bincount(signal.labels(row.control).ravel(), minlength=IGNORED + 1)
+    return _Reading(tuple(problems), content, classes, points)
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def _text(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def _find_duplicates(rows: list[tuple[str, Row]], contents: list[str | None], listing: Listing) -> None:
+    first: dict[str, tuple[str, str]] = {}
+    for (split, row), content in zip(rows, contents, strict=True):
+        if content is None:
+            continue
+        if content not in first:
+            first[content] = (split, row.name)
+            continue
+        earlier = first[content]
+        kind = "the same image twice" if earlier[0] == split else "the same image in training and evaluation"
+        listing.report(kind, f"{earlier[0]}/{earlier[1]} and {split}/{row.name}")
+
+
+def _find_silent(rows: list[tuple[str, Row]], listing: Listing) -> None:
+    for split, row in rows:
+        if row.text is None:
+            listing.report("images without a caption (--make-captions has BLIP describe them)", f"{split}/{row.name}")
+
+
+def _find_odd_points(rows: list[tuple[str, Row]], points: list[int | None], listing: Listing) -> None:
+    counts = Counter(count for count in points if count is not None)
+    usual = counts.most_common(1)[0][0] if counts else None
+    for (split, row), count in zip(rows, points, strict=True):
+        if count is not None and count != usual:
+            listing.report("landmarks of another number than most", f"{split}/{row.name}: {count}, most have {usual}")
+
+
+def _long_captions(rows: list[tuple[str, Row]]) -> dict[str, list[str]]:
+    from transformers import CLIPTokenizer
+
+    from etherdiff.shipped import shipped_config
+
+    said = [(f"{split}/{row.name}", row.text) for split, row in rows if row.text is not None]
+    if not said:
+        return {}
+    tokenizer = CLIPTokenizer.from_pretrained(shipped_config("sd15") / "tokenizer")
+    tokens = tokenizer([text for _, text in said], truncation=False, verbose=False).input_ids
+    long = [f"{where}: {len(ids)}" for (where, _), ids in zip(said, tokens, strict=True) if len(ids) > TOKENS]
+    return {f"captions whose end is not read, being longer than {TOKENS} tokens": long} if long else {}
+
+
+def _shares(signal: Segmentation, maps: list[NDArray[np.int64]]) -> dict[str, float]:
+    counts = np.sum(maps, axis=0)
+    shares = {name: float(count / counts.sum()) for name, count in zip(signal.palette.classes, counts, strict=False)}
+    return shares | ({"none": float(counts[IGNORED] / counts.sum())} if counts[IGNORED] else {})

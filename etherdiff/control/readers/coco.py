@@ -1,0 +1,48 @@
+"""COCO 2017: train2017/, val2017/ and the captions of both; the first caption of each image is taken."""
+
+import json
+from pathlib import Path
+
+from etherdiff.control.readers.listing import Listing, Row, caption_of, merged_captions
+from etherdiff.errors import UserError
+from etherdiff.images import list_images
+
+SPLITS = ("train2017", "val2017")
+
+
+def read_coco(root: Path, captions: Path | None) -> Listing:
+    """Images without controls, with the captions of annotations/, or of the file named.
+
+    Raises:
+        UserError: a folder or the captions are missing or cannot be read.
+    """
+    wanted = [root / split for split in SPLITS]
+    if captions is None:
+        wanted += [_annotations(root, split) for split in SPLITS]
+    missing = [str(path) for path in wanted if not path.exists()]
+    if missing:
+        raise UserError([f"coco-canny: {path} is missing" for path in missing])
+    named = merged_captions([captions]) if captions else None
+    listing = Listing()
+    listing.training, listing.evaluation = (_read_split(root, split, named) for split in SPLITS)
+    return listing
+
+
+def _read_split(root: Path, split: str, named: dict[str, str] | None) -> list[Row]:
+    texts = _first_captions(_annotations(root, split)) if named is None else named
+    return [Row(path.stem, path, None, caption_of(texts, path)) for path in list_images(root / split)]
+
+
+def _annotations(root: Path, split: str) -> Path:
+    return root / "annotations" / f"captions_{split}.json"
+
+
+def _first_captions(path: Path) -> dict[str, str]:
+    """By image stem: of several captions, the one with the lowest id."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        stems = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
+        last_first = sorted(content["annotations"], key=lambda one: one["id"], reverse=True)
+        return {stems[one["image_id"]]: one["caption"].strip() for one in last_first if one["image_id"] in stems}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read as COCO's captions ({type(error).__name__}: {error})") from error

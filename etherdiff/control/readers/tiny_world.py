@@ -1,0 +1,54 @@
+"""Scenes of the tiny world, rendered once into the cache in the imagefolder style."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from etherdiff.control.readers.imagefolder import METADATA, read_imagefolder
+from etherdiff.control.readers.listing import Listing
+from etherdiff.paths import cache_dir
+from etherdiff.tiny.world import render_scene
+from etherdiff.ui import track
+
+VERSION = 1  # of what is rendered here; a new one is rendered beside the old
+TRAINING = 6000
+EVALUATED = 400
+
+
+def read_tiny_world(evaluation: str, training_scenes: int = TRAINING, evaluated_scenes: int = EVALUATED) -> Listing:
+    """Scenes of the split train to learn from, of `evaluation` (test or validation) to judge by; captions name one thing."""
+    training = read_imagefolder(scenes_folder("train", training_scenes)).training
+    evaluated = read_imagefolder(scenes_folder(evaluation, evaluated_scenes)).training
+    return Listing(training, evaluated)
+
+
+def scenes_folder(split: str, count: int) -> Path:
+    """The first `count` scenes of a split; under train/, images, label maps and metadata.jsonl."""
+    folder = cache_dir() / f"tiny-scenes-{VERSION}" / f"{split}-{count}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            _render(split, count, temporary / "train")
+            temporary.rename(folder)  # another process may have won the race; its folder is as good
+        except OSError:
+            if not folder.exists():
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _render(split: str, count: int, folder: Path) -> None:
+    (folder / "images").mkdir(parents=True)
+    (folder / "controls").mkdir()
+    lines = []
+    for index in track(range(count), f"scenes of the tiny world ({split})"):
+        scene, name = render_scene(split, index), f"{index:05d}.png"
+        Image.fromarray(scene.image).save(folder / "images" / name)
+        Image.fromarray(scene.segmentation).save(folder / "controls" / name)
+        lines.append(json.dumps({"image": f"images/{name}", "control": f"controls/{name}", "text": scene.short_caption}))
+    (folder / METADATA).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,117 @@
+"""The autoencoder's moments of thousands of images: on the disk, not in memory; computed once, and resumed where cut off."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+from torch import Tensor
+
+from etherdiff.files import write_text
+from etherdiff.paths import cache_dir
+from etherdiff.sampling import chunks
+from etherdiff.train.cache import digest
+from etherdiff.ui import track, warn
+
+PIXELS_AT_ONCE = 4 * 512 * 512
+BETWEEN_RECORDS = 64  # batches after which it is recorded how far the work is
+
+
+class LatentStore:
+    """Posterior moments of every image and flip, unscaled float32: (N, flips, 2, C, h, w), read as they are needed."""
+
+    def __init__(self, moments: NDArray[np.float32]) -> None:
+        self.moments = moments
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    @property
+    def flips(self) -> int:
+        """1, or 2 where mirrored images are there as well."""
+        return int(self.moments.shape[1])
+
+    def read(self, item: int, flip: int) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, (C, h, w) each."""
+        mean, std = torch.from_numpy(np.array(self.moments[item, flip]))
+        return mean, std
+
+
+def stored_latents(
+    vae: AutoencoderKL,
+    count: int,
+    flips: int,
+    read: Callable[[int], NDArray[np.float32]],
+    key: dict[str, Any],
+    note: str,
+) -> LatentStore:
+    """The moments of `count` images, from the cache where nothing that shapes them has changed.
+
+    read: an image's pixels (3, R, R) in [-1, 1] by its number. key: JSON-able, all that decides the result.
+    """
+    folder = cache_dir() / "latents"
+    path, record = folder / f"{digest(key)}.npy", folder / f"{digest(key)}.json"
+    found = _whole(path, record)
+    if found is not None:
+        return LatentStore(found)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".partial.npy")
+    first = read(0)
+    at_once = min(max(PIXELS_AT_ONCE // first[0].size, 1), 64)
+    moments, start = _begin(unfinished, record, count, _encode(vae, [first], flips).shape[1:])
+    parts = chunks(range(start, count), at_once)
+    for number, part in enumerate(track(parts, note), 1):
+        moments[part.start : part.stop] = _encode(vae, [read(item) for item in part], flips)  # type: ignore[attr-defined]
+        if number % BETWEEN_RECORDS == 0:
+            moments.flush()
+            write_text(record, json.dumps({"done": part[-1] + 1}))
+    moments.flush()
+    unfinished.replace(path)
+    write_text(record, json.dumps({"done": count, "sha256": _hash(path)}))
+    return LatentStore(np.load(path, mmap_mode="r"))
+
+
+def _whole(path: Path, record: Path) -> NDArray[np.float32] | None:
+    """The finished file, if it is what was written."""
+    if not path.exists():
+        return None
+    try:
+        if json.loads(record.read_text(encoding="utf-8")).get("sha256") == _hash(path):
+            return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, AttributeError):
+        pass
+    warn(f"{path} is damaged: computing it again")
+    return None
+
+
+def _begin(unfinished: Path, record: Path, count: int, shape: tuple[int, ...]) -> tuple[Any, int]:
+    """The array to fill, and the image to go on with."""
+    try:
+        done = int(json.loads(record.read_text(encoding="utf-8"))["done"])
+        moments = open_memmap(unfinished, mode="r+")
+        if 0 < done <= count and moments.shape == (count, *shape):
+            return moments, done
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return open_memmap(unfinished, mode="w+", dtype=np.float32, shape=(count, *shape)), 0
+
+
+@torch.no_grad()
+def _encode(vae: AutoencoderKL, images: list[NDArray[np.float32]], flips: int) -> NDArray[np.float32]:
+    """(B, flips, 2, C, h, w)."""
+    pixels = torch.from_numpy(np.stack(images)).to(vae.device, vae.dtype)
+    views = [pixels, pixels.flip(-1)][:flips]
+    posteriors = [vae.encode(view).latent_dist for view in views]
+    moments = torch.stack([torch.stack([p.mean.float(), p.std.float()], 1) for p in posteriors], 1)
+    return moments.cpu().numpy()
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,96 @@
+"""Moments of many images on the disk: what the autoencoder says, resumed where cut off, computed again where damaged."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from etherdiff.paths import cache_dir
+from etherdiff.train import latents
+from etherdiff.train.latents import stored_latents
+
+COUNT, SIDE = 9, 16
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+    ).eval()
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch, tmp_path):
+    monkeypatch.setenv("ETHERDIFF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(latents, "PIXELS_AT_ONCE", 2 * SIDE * SIDE)
+    monkeypatch.setattr(latents, "BETWEEN_RECORDS", 1)
+
+
+def image(number):
+    return np.random.default_rng(number).uniform(-1, 1, (3, SIDE, SIDE)).astype(np.float32)
+
+
+def store(vae, read=image, flips=2, count=COUNT):
+    return stored_latents(vae, count, flips, read, {"of": "test", "flips": flips, "count": count}, "encoding")
+
+
+def test_they_are_the_autoencoders_of_each_image_and_its_mirror_image(vae):
+    found = store(vae)
+    assert len(found) == COUNT
+    assert found.flips == 2
+    for number in (0, 4, COUNT - 1):
+        for flip, pixels in enumerate((image(number), image(number)[..., ::-1].copy())):
+            with torch.no_grad():
+                expected = vae.encode(torch.from_numpy(pixels)[None]).latent_dist
+            mean, std = found.read(number, flip)
+            torch.testing.assert_close(mean, expected.mean[0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(std, expected.std[0], atol=1e-5, rtol=1e-5)
+
+
+def test_they_are_computed_once(vae):
+    first = np.array(store(vae).moments)
+
+    def never(number):
+        raise AssertionError(f"image {number} was read again")
+
+    assert np.array_equal(store(vae, never).moments, first)
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_was(vae):
+    whole = np.array(store(vae, count=COUNT).moments)
+    for path in (cache_dir() / "latents").iterdir():
+        path.unlink()
+    read = []
+
+    def until_the_sixth(number):
+        read.append(number)
+        if number == 6 and read.count(6) == 1:
+            raise KeyboardInterrupt
+        return image(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        store(vae, until_the_sixth)
+    read.clear()
+    read.append(6)  # from here on it is let through
+    assert np.array_equal(store(vae, until_the_sixth).moments, whole)
+    assert sorted(set(read[1:]) - {0}) == [6, 7, 8]  # image 0 tells the shape
+
+
+def test_damage_is_found_and_mended(vae):
+    whole = np.array(store(vae).moments)
+    (path,) = (cache_dir() / "latents").glob("*.npy")
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    assert np.array_equal(store(vae).moments, whole)
+
+
+def test_another_key_is_another_file(vae):
+    store(vae)
+    assert store(vae, flips=1).flips == 1
+    assert len(list((cache_dir() / "latents").glob("*.npy"))) == 2
