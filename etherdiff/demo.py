@@ -23,7 +23,7 @@ from etherdiff.ui import say
 
 SUBJECT = "candy_ball"
 METHOD = "ether+"
-STEPS = 400
+STEPS = 300
 BATCH_SIZE = 4
 LEARNING_RATE = 0.006
 IDENTIFIER = "sks"

@@ -14,9 +14,8 @@ def dry_run(config: TrainConfig) -> None:
     plan, config = job.plan, job.plan.config
     dtype = DTYPES[config.mixed_precision]
     say(f"Nothing is wrong: {config.method} on {plan.base.name}, {job.describe_size()}")
-    for line in job.dry_lines():
-        say(f"  {line}")
     if config.method == "none":  # no adapter, so nothing of the UNet to count
+        say(f"  {job.dry_lines()[0]}")
         return
     estimate = training_estimate(
         plan.base,
@@ -30,6 +29,8 @@ def dry_run(config: TrainConfig) -> None:
     )
     device = resolve_device(config.device)
     say(f"  trainable parameters  {estimate['trainable_parameters']:,}")
+    for line in job.dry_lines():
+        say(f"  {line}")
     if estimate["step_flops"] is None:
         say(f"  memory and time       unknown: {estimate['note']}")
         return

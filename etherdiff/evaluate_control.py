@@ -130,8 +130,8 @@ class Judged:
 
     @property
     def weights_sha256(self) -> str:
-        """Of the adapter, where there is one, and of the control encoder."""
-        folders = [folder for folder in (self.run.adapter, self.run.control_encoder) if folder.is_dir()]
+        """Of the adapters, where there are any, and of the control encoder."""
+        folders = [*self.run.adapters, self.run.control_encoder]
         files = [path for folder in folders for path in sorted(folder.glob("*")) if path.suffix in (".json", ".safetensors")]
         return digest_of({f"{path.parent.name}/{path.name}": file_hash(path) for path in files})
 

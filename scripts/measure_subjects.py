@@ -1,8 +1,8 @@
 """What ETHER+ learns of the tiny world's test subjects: likeness to images nobody trained on, and prompts still followed.
 
-    python scripts/measure_subjects.py --json benchmarks/tiny_subjects.json     # about 5 minutes a subject on 2 cores
+    python scripts/measure_subjects.py --json benchmarks/tiny_subjects.json --picture docs/subjects.png   # 6 minutes each
 
-Each subject is trained with the command line as it stands. The base draws the same prompts without the identifier.
+Each subject is trained and scored with the command line as it stands; what is finished is not done again.
 """
 
 import json
@@ -10,129 +10,112 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import typer
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import UperNetForSemanticSegmentation, ViTModel
+from transformers import UperNetForSemanticSegmentation
 
-from etherdiff.adapters.io import load_adapter
-from etherdiff.models import find_base, load_base, make_pipeline
-from etherdiff.sampling import sample, sheet
+from etherdiff.images import contact_sheet
 from etherdiff.shipped import ASSETS
 from etherdiff.tiny.builder.data import to_tensor
 from etherdiff.tiny.captions import ON, UNDER
 from etherdiff.tiny.dreambooth import PROMPTS, subject_folder
 from etherdiff.tiny.subjects import SUBJECTS
 from etherdiff.tiny.world import CLASSES, GROUNDS, SKIES
-from etherdiff.ui import quiet_libraries, say, track
+from etherdiff.ui import quiet_libraries, say
 
-TINY = ASSETS / "tiny"
-SHOWN = (0, 8, 12, 18)  # prompts on the sheet: a ground, a sky, both, company
+SCORES = ("dino_held_out", "clip_i_held_out", "clip_t")
+OPTIONS = "--method ether+ --steps 300 --batch-size 4 --eval-every 150"
+SHOWN = (0, 3, 6, 9, 15, 17)  # prompts on the picture
+ENLARGED = 2
 
 
 def main(
     subjects: Annotated[list[str] | None, typer.Argument(help="names [default: the test subjects]")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="where to write the figures")] = None,
-    runs: Annotated[Path, typer.Option(help="where the run folders go; finished ones are not trained again")] = Path(
-        "runs/tiny"
-    ),
-    images: Annotated[int, typer.Option(help="images for each prompt")] = 2,
-    options: Annotated[str, typer.Option(help="of train-dreambooth")] = "",
+    runs: Annotated[Path, typer.Option(help="where the run folders go")] = Path("runs/tiny"),
+    options: Annotated[str, typer.Option(help="of train-dreambooth")] = OPTIONS,
     picture: Annotated[Path | None, typer.Option(help="where to save a sheet of them all")] = None,
 ) -> None:
-    """Train and measure each subject; print the mean over subjects with its standard error."""
+    """Train and score each subject; print the mean over subjects with its standard error."""
     quiet_libraries()
     names = subjects or [name for name, subject in SUBJECTS.items() if subject.split == "test"]
-    rows, shown = {}, []
-    for name in names:
-        run = runs / name
-        seconds = _train(name, run, options.split())
-        scores, pictures = _measure(name, run, images)
-        rows[name] = {**scores, "train_seconds": seconds}
-        shown.append([Image.open(subject_folder(name) / "00.png").convert("RGB"), *pictures])
-        say(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in rows[name].items()))
-    keys = next(iter(rows.values()))
-    gains = [row["dino"] - row["dino_base"] for row in rows.values()]
-    summary = {key: _mean([row[key] for row in rows.values()]) for key in keys} | {"dino_gain": _mean(gains)}
-    text = json.dumps({"options": options, "images_per_prompt": images, "summary": summary, "subjects": rows}, indent=2)
+    rows = {name: _measure(name, runs / name, options) for name in names}
+    gains = [row["dino_held_out"]["mean"] - row["base_dino_held_out"]["mean"] for row in rows.values()]
+    summary = {"dino_gain": _mean(gains), "train_seconds": _mean([row["train_seconds"] for row in rows.values()])}
+    for key in (*SCORES, *(f"base_{name}" for name in SCORES)):
+        summary[key] = _mean([row[key]["mean"] for row in rows.values()])
+    for key in ("place", "base_place"):
+        summary[key] = _mean([row[key] for row in rows.values()])
+    text = json.dumps({"options": options, "summary": summary, "subjects": rows}, indent=2)
     say(text)
     if json_file:
         json_file.write_text(text + "\n", encoding="utf-8")
     if picture:
-        labels = ["to learn", *(PROMPTS[index].format(identifier="sks", class_noun="…") for index in SHOWN)]
-        sheet(shown, names, labels).save(picture)
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        _sheet(names, runs).save(picture)
 
 
-def _train(name: str, run: Path, options: list[str]) -> float:
-    """Seconds of the whole command, or those on record."""
-    record = run / "seconds.json"
-    if not record.exists():
-        command = [
-            "train-dreambooth",
-            "--base",
-            "tiny",
-            "--subject",
-            name,
-            "--method",
-            "ether+",
-            "--output",
-            str(run),
-            *options,
-        ]
+def _measure(name: str, run: Path, options: str) -> dict[str, Any]:
+    seconds = run / "seconds.json"
+    if not (run / "adapter.sha256.json").exists():
         started = time.monotonic()
-        subprocess.run([sys.executable, "-m", "etherdiff", *command], check=True)
-        record.write_text(json.dumps(time.monotonic() - started), encoding="utf-8")
-    return float(json.loads(record.read_text(encoding="utf-8")))
+        _etherdiff("train-dreambooth", "--base", "tiny", "--subject", name, "--output", str(run), *options.split())
+        seconds.write_text(json.dumps(time.monotonic() - started), encoding="utf-8")
+    if not (run / "eval" / "metrics.json").exists():
+        _etherdiff("eval", str(run))
+    result = json.loads((run / "eval" / "metrics.json").read_text(encoding="utf-8"))
+    row: dict[str, Any] = {"train_seconds": json.loads(seconds.read_text(encoding="utf-8"))}
+    for key in SCORES:
+        for prefix, found in (("", result["scores"][key]), ("base_", result["base"]["scores"][key])):
+            row[prefix + key] = {part: found[part] for part in ("mean", "low", "high")}
+    row["place"], row["base_place"] = (_places_right(run / "eval" / kind) for kind in ("images", "base_images"))
+    return row
+
+
+def _etherdiff(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "etherdiff", *arguments], check=True)
 
 
 @torch.no_grad()
-def _measure(name: str, run: Path, images: int) -> tuple[dict[str, float], list[Image.Image]]:
-    noun = SUBJECTS[name].class_noun
-    dino = ViTModel.from_pretrained(TINY / "dino", add_pooling_layer=False).eval()
-    segmenter = UperNetForSemanticSegmentation.from_pretrained(TINY / "upernet").eval()
-    held_out = [
-        np.asarray(Image.open(path).convert("RGB")) for path in sorted((subject_folder(name) / "held_out").glob("*.png"))
-    ]
-    seen = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(subject_folder(name).glob("*.png"))]
-    real, learnt = _features(dino, held_out), _features(dino, seen)
-    scores: dict[str, float] = {"dino_real": float((learnt @ real.T).mean())}
-    shown = []
-    for kind in ("base", "adapted"):
-        model = load_base(find_base("tiny"))
-        if kind == "adapted":
-            load_adapter(model.unet, run / "adapter")
-        pipeline = make_pipeline(model)
-        prompts = [p.format(identifier="sks" if kind == "adapted" else "", class_noun=noun).replace("  ", " ") for p in PROMPTS]
-        drawn = [sample(pipeline, prompt, range(images), 64) for prompt in track(prompts, f"{name}, {kind}")]
-        arrays = [np.asarray(image) for group in drawn for image in group]
-        suffix = "" if kind == "adapted" else "_base"
-        scores[f"dino{suffix}"] = float((_features(dino, arrays) @ real.T).mean())
-        scores[f"place{suffix}"] = _places_right(segmenter, arrays, [p for p in prompts for _ in range(images)])
-        shown += [drawn[index][0] for index in SHOWN] if kind == "adapted" else []
-    return scores, shown
-
-
-def _features(dino: ViTModel, images: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
-    return F.normalize(dino(to_tensor(np.stack(images))).last_hidden_state[:, 0], dim=-1)
-
-
-def _places_right(segmenter: torch.nn.Module, images: list[NDArray[np.uint8]], prompts: list[str]) -> float:
+def _places_right(folder: Path) -> float:
     """Share of the skies and grounds that the prompts ask for which are the largest in the picture."""
-    maps = segmenter(to_tensor(np.stack(images))).logits.argmax(1).numpy()
-    right = []
-    for seen, prompt in zip(maps, prompts, strict=True):
-        areas = dict(zip(CLASSES, np.bincount(seen.ravel(), minlength=len(CLASSES)), strict=True))
-        for phrases, group in ((ON, GROUNDS), (UNDER, SKIES)):
-            asked = [place for place, words in phrases.items() if any(prompt.endswith(w) or f"{w} " in prompt for w in words)]
-            right += [max(group, key=areas.__getitem__) == asked[0]] if asked else []
+    segmenter = UperNetForSemanticSegmentation.from_pretrained(ASSETS / "tiny" / "upernet").eval()
+    right: list[bool] = []
+    for number, prompt in enumerate(PROMPTS):
+        (place,) = folder.glob(f"{number:03d}-*")
+        images = np.stack([_read(path) for path in sorted(place.glob("*.png"))])
+        for seen in segmenter(to_tensor(images)).logits.argmax(1).numpy():
+            areas = dict(zip(CLASSES, np.bincount(seen.ravel(), minlength=len(CLASSES)), strict=True))
+            for phrases, group in ((ON, GROUNDS), (UNDER, SKIES)):
+                asked = [name for name, words in phrases.items() if any(prompt.endswith(w) or f"{w} " in prompt for w in words)]
+                right += [max(group, key=areas.__getitem__) == asked[0]] if asked else []
     return float(np.mean(right))
+
+
+def _read(path: Path) -> NDArray[np.uint8]:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def _sheet(names: list[str], runs: Path) -> Image.Image:
+    """A row per subject: one of its photos, and what the run drew for some prompts at the first seed."""
+    pictures = []
+    for name in names:
+        pictures.append(_enlarged(subject_folder(name) / "00.png"))
+        folder = runs / name / "eval" / "images"
+        pictures += [_enlarged(next(folder.glob(f"{number:03d}-*")) / "0.png") for number in SHOWN]
+    labels = ["to learn", *(PROMPTS[number].format(identifier="sks", class_noun="…") for number in SHOWN)]
+    return contact_sheet(pictures, len(labels), [name.replace("_", " ") for name in names], labels)
+
+
+def _enlarged(path: Path) -> Image.Image:
+    image = Image.open(path).convert("RGB")
+    return image.resize((image.width * ENLARGED, image.height * ENLARGED), Image.Resampling.NEAREST)
 
 
 def _mean(values: list[float]) -> dict[str, float]:

@@ -102,7 +102,7 @@ class Job(ABC, Generic[P]):
         return self.plan.config.batch_size
 
     def dry_lines(self) -> list[str]:
-        """What a dry run says of this task beside the UNet's size: pairs of a name and a value, a line each."""
+        """What a dry run says of this task beside the UNet's size, a line each."""
         return []
 
     @abstractmethod
