@@ -28,7 +28,7 @@ BATCH_SIZE = 4
 LEARNING_RATE = 0.006
 IDENTIFIER = "sks"
 SHOWN = (1, 8, 12, 17)  # of the 25 prompts: a ground, a sky, both, company
-SEEDS = 3  # images of each prompt
+SEEDS = 2  # images of each prompt: with more, the demo takes over five minutes
 ENLARGED = 3  # times, on the sheet
 
 
