@@ -85,7 +85,8 @@ def before_after(run: Path, photos: Path) -> Image.Image:
         rows.append([*_enlarged(before), *_enlarged(after)])
     columns = [f"{who}, seed {seed}" for who in ("the base", METHOD) for seed in range(SEEDS)]
     below = sheet(rows, [prompts[number].text for number in SHOWN], columns)
-    above = contact_sheet(_enlarged(photos), 2 * SEEDS, ["learned from these"])
+    learned_from = _enlarged(photos)
+    above = contact_sheet(learned_from, len(learned_from), ["learned from these"])
     whole = Image.new("RGB", (max(above.width, below.width), above.height + below.height), "white")
     whole.paste(above, (whole.width - above.width, 0))
     whole.paste(below, (0, above.height))

@@ -366,6 +366,9 @@ def test_overwrite_leaves_nothing_of_the_old_run(tmp_path, make_config):
 # --- Every method, every mode ------------------------------------------------------------------------------------------
 
 
+QUICK = ("ether+", "lora", "oft", "full")  # one of each kind; the others are in the slow tier
+
+
 def trainable(method: str) -> int:
     from etherdiff.inspection import inspect_base
 
@@ -395,7 +398,7 @@ def test_every_method_trains_saves_and_draws(method, tmp_path, make_config):
         assert abs(pictures[1].astype(int) - undone).max() <= 1  # and at scale 0 nothing
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_every_method_trains_in_mixed_precision(method, tmp_path, make_config):
     """bf16 is the frozen model's: what is trained stays in float32 and moves, also where the rate is far below bf16's steps."""
     options = {"mixed_precision": "bf16", "learning_rate": 1e-5, "prior_preservation": False, "checkpoint_every": 1}

@@ -29,6 +29,7 @@ from etherdiff.sampling import S2I_SAMPLING
 from etherdiff.train.prepare_s2i import as_tensor
 
 METHODS = ("ether", "ether+", "ether+one-sided", "lora", "oft", "naive", "boft", "hra", "vera", "full", "none")
+QUICK = ("ether+", "oft", "full", "none")  # one of each kind; the others are in the slow tier
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -112,7 +113,7 @@ def test_resuming_with_other_maps_is_refused(tmp_path):
         resume(made, steps=4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_every_method_trains_and_draws(method, tmp_path):
     made = train_s2i(s2i_config(tmp_path / "run", steps=1, method=method, eval_every=5))
     assert (made / "adapter").is_dir() == (method != "none")
