@@ -15,7 +15,7 @@ def dry_run(config: TrainConfig) -> None:
     dtype = DTYPES[config.mixed_precision]
     say(f"Nothing is wrong: {config.method} on {plan.base.name}, {job.describe_size()}")
     if config.method == "none":  # no adapter, so nothing of the UNet to count
-        say(f"  {job.dry_lines()[0]}")
+        say_lines(job.dry_lines())
         return
     estimate = training_estimate(
         plan.base,
@@ -29,8 +29,7 @@ def dry_run(config: TrainConfig) -> None:
     )
     device = resolve_device(config.device)
     say(f"  trainable parameters  {estimate['trainable_parameters']:,}")
-    for line in job.dry_lines():
-        say(f"  {line}")
+    say_lines(job.dry_lines())
     if estimate["step_flops"] is None:
         say(f"  memory and time       unknown: {estimate['note']}")
         return
@@ -40,6 +39,12 @@ def dry_run(config: TrainConfig) -> None:
         say(f"    {part.replace('_', ' '):<24} {size(estimate[part])}")
     say(f"  compute               {estimate['step_flops'] / 1e9:,.1f} GFLOP per step")
     say(f"  time on this {device:<9} at least {duration(seconds)} for {config.steps} steps, at its speed in matrix products")
+
+
+def say_lines(lines: list[str]) -> None:
+    """Each on a line of its own, indented."""
+    for line in lines:
+        say(f"  {line}")
 
 
 def size(count: float) -> str:

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,27 +90,44 @@ class EvalOptions:
     def problems(self) -> list[str]:
         """Everything wrong with the options by themselves, one sentence each."""
         counts = {"num": self.num, "steps": self.steps, "batch_size": self.batch_size}
-        found = [f"{name}: must be at least 1, not {value}" for name, value in counts.items() if value < 1]
-        if self.seed < 0:
-            found.append(f"seed: must be at least 0, not {self.seed}")
-        if wrong_device := device_problem(self.device):
-            found.append(wrong_device)
+        found = drawing_problems(counts, self.seed, self.device)
         there = ", ".join(PROMPT_METRICS)
         if not self.metrics:
             found.append(f"metrics: none is asked for; there are {there}")
         found += [f"metric {name!r}: there are {there}" for name in self.metrics if name not in PROMPT_METRICS]
-        if self.preset is not None and self.preset not in PRESETS:
-            found.append(f"preset {self.preset!r}: there are {', '.join(PRESETS)}")
-        for text in self.backbones:
-            role, _, name = text.partition("=")
-            if role not in ROLES or not name:
-                found.append(f"backbone {text!r}: write it as ROLE=NAME, with ROLE of {', '.join(ROLES)}")
-        return found
+        return found + network_problems(self.preset, PRESETS, self.backbones, ROLES)
 
     @property
     def named_backbones(self) -> dict[str, str]:
         """Role -> another network than the preset's."""
-        return {role: name for role, _, name in (text.partition("=") for text in self.backbones)}
+        return by_role(self.backbones)
+
+
+def drawing_problems(counts: Mapping[str, int | None], seed: int, device: str) -> list[str]:
+    """What is wrong with how many images are drawn (None: all), from which seed and where."""
+    found = [f"{name}: must be at least 1, not {value}" for name, value in counts.items() if value is not None and value < 1]
+    if seed < 0:
+        found.append(f"seed: must be at least 0, not {seed}")
+    if wrong_device := device_problem(device):
+        found.append(wrong_device)
+    return found
+
+
+def network_problems(preset: str | None, presets: Iterable[str], backbones: Sequence[str], roles: Sequence[str]) -> list[str]:
+    """What is wrong with the networks named to score by."""
+    found = []
+    if preset is not None and preset not in presets:
+        found.append(f"preset {preset!r}: there are {', '.join(presets)}")
+    for text in backbones:
+        role, _, name = text.partition("=")
+        if role not in roles or not name:
+            found.append(f"backbone {text!r}: write it as ROLE=NAME, with ROLE of {', '.join(roles)}")
+    return found
+
+
+def by_role(backbones: Iterable[str]) -> dict[str, str]:
+    """Role -> name, of networks given as ROLE=NAME."""
+    return {role: name for role, _, name in (text.partition("=") for text in backbones)}
 
 
 @dataclass(frozen=True)
@@ -235,7 +252,9 @@ def read_run(path: Path) -> tuple[RunFolder, DreamBoothConfig, dict[str, Any]]:
 def refuse_other_images(run: RunFolder, config: DreamBoothConfig, provenance: Mapping[str, Any], subject: Subject) -> None:
     """UserError where the subject's images are not those that the run was trained on, if it recorded that."""
     recorded = provenance.get("images")
-    if recorded is not None and pixels_digest(read_images(subject.images, config.skip_bad)) != recorded:
+    if recorded is None or not isinstance(config, DreamBoothConfig):
+        return
+    if pixels_digest(read_images(subject.images, config.skip_bad)) != recorded:
         raise UserError(f"{run.path} was trained on other images than {config.subject} holds now: put them back")
 
 

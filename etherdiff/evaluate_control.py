@@ -24,7 +24,7 @@ from rich.table import Table
 from etherdiff.config import S2IConfig, load_yaml
 from etherdiff.control.pairs import ControlDataset, Pair
 from etherdiff.control.run_pipeline import load_control_run
-from etherdiff.devices import device_problem, resolve_device
+from etherdiff.devices import resolve_device
 from etherdiff.errors import UserError
 from etherdiff.eval.backbones import find_backbones
 from etherdiff.eval.control_scores import ControlledImage, ControlScoring, score_controlled
@@ -35,7 +35,7 @@ from etherdiff.eval.protocol import ROUNDING, is_whole, read_sets, why_not_these
 from etherdiff.eval.readers import NotReadable, Reader, find_reader
 from etherdiff.eval.results import eval_folder, interval_text
 from etherdiff.eval.segmenter import SEGMENTERS
-from etherdiff.evaluate import drawing_versions, enough_memory, notes, timed
+from etherdiff.evaluate import by_role, drawing_problems, drawing_versions, enough_memory, network_problems, notes, timed
 from etherdiff.files import file_hash, write_text
 from etherdiff.images import UnreadableImage, read_image, resize_and_crop, save_png
 from etherdiff.leftovers import aside, clear_leftovers
@@ -90,25 +90,13 @@ class ControlOptions:
     def problems(self) -> list[str]:
         """Everything wrong with the options by themselves, one sentence each."""
         counts = {"num_maps": self.num_maps, "steps": self.steps, "batch_size": self.batch_size}
-        found = [
-            f"{name}: must be at least 1, not {value}" for name, value in counts.items() if value is not None and value < 1
-        ]
-        if self.seed < 0:
-            found.append(f"seed: must be at least 0, not {self.seed}")
-        if wrong_device := device_problem(self.device):
-            found.append(wrong_device)
-        if self.preset is not None and self.preset not in SEGMENTERS:
-            found.append(f"preset {self.preset!r}: there are {', '.join(SEGMENTERS)}")
-        for text in self.backbones:
-            role, _, name = text.partition("=")
-            if role not in ROLES or not name:
-                found.append(f"backbone {text!r}: write it as ROLE=NAME, with ROLE of {', '.join(ROLES)}")
-        return found
+        found = drawing_problems(counts, self.seed, self.device)
+        return found + network_problems(self.preset, SEGMENTERS, self.backbones, ROLES)
 
     @property
     def named_backbones(self) -> dict[str, str]:
         """Role -> another network than the preset's."""
-        return {role: name for role, _, name in (text.partition("=") for text in self.backbones)}
+        return by_role(self.backbones)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -50,6 +51,17 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unchanged_file_hash(path: Path) -> str:
+    """The same, read once in a process for as long as the file's size and time stay what they are."""
+    status = path.stat()
+    return _hash_unchanged(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1 << 17)  # ADE20K has 40,000 images and maps
+def _hash_unchanged(path: Path, size: int, modified: int) -> str:
+    return file_hash(path)
 
 
 @contextmanager

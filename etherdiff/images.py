@@ -142,10 +142,17 @@ def resize_and_crop(
     if not all(0 <= share <= 1 for share in position):
         raise ValueError(f"position must lie in [0, 1] x [0, 1], got {position}")
     u, v = (0.5, 0.5) if crop == "center" else position
-    left, right = _window(image.width, size / min(image.size), size, u)
-    top, bottom = _window(image.height, size / min(image.size), size, v)
+    left, right = crop_window(image.width, size / min(image.size), size, u)
+    top, bottom = crop_window(image.height, size / min(image.size), size, v)
     # One step: scaling a very long image whole, to cut most of it away, can take gigabytes.
     return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
+
+
+def crop_window(length: int, scale: float, size: int, share: float) -> tuple[float, float]:
+    """Start and end, in source pixels, of a window of `size` whole target pixels along one side of the image."""
+    scaled = max(size, round(length * scale))
+    start = round(share * (scaled - size))
+    return start * length / scaled, (start + size) * length / scaled
 
 
 def to_array(image: Image.Image) -> np.ndarray:
@@ -397,13 +404,6 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
     cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
     moved = np.asarray(ImageCms.applyTransform(Image.fromarray(cube), transform))
     return int(np.abs(moved.astype(int) - cube).max()) <= 2
-
-
-def _window(length: int, scale: float, size: int, share: float) -> tuple[float, float]:
-    """Start and end, in source pixels, of a window of `size` whole target pixels along one side of the image."""
-    scaled = max(size, round(length * scale))
-    start = round(share * (scaled - size))
-    return start * length / scaled, (start + size) * length / scaled
 
 
 # Labels

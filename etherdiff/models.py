@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from etherdiff.errors import UserError
-from etherdiff.files import file_hash
+from etherdiff.files import unchanged_file_hash
 from etherdiff.shipped import ShippedName, shipped_config
 from etherdiff.single_file import identify_single_file
 from etherdiff.ui import quiet_libraries
@@ -184,10 +183,10 @@ def encode_prompts(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompt
 def fingerprint(base: Base) -> dict[str, str]:
     """SHA-256 of the weights of each component (or of the single file), and of what else shapes a result."""
     if base.single_file is not None:
-        hashes = {"single_file": _file_hash(base.single_file)}
+        hashes = {"single_file": unchanged_file_hash(base.single_file)}
     else:
-        hashes = {name: _combined([_file_hash(path) for path in weight_files(base, name)]) for name in WEIGHTS}
-    hashes["tokenizer"] = _combined([_file_hash(path) for path in sorted((base.folder / "tokenizer").iterdir())])
+        hashes = {name: _combined([unchanged_file_hash(path) for path in weight_files(base, name)]) for name in WEIGHTS}
+    hashes["tokenizer"] = _combined([unchanged_file_hash(path) for path in sorted((base.folder / "tokenizer").iterdir())])
     schedule = {k: v for k, v in load_noise_scheduler(base).config.items() if not k.startswith("_")}
     hashes["noise_schedule"] = _combined([json.dumps(schedule, sort_keys=True, default=str)])
     return hashes
@@ -284,13 +283,3 @@ def _download(repo: str, parts: Parts) -> Path:
 
 def _combined(parts: list[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    status = path.stat()
-    return _hash_unchanged(path, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def _hash_unchanged(path: Path, size: int, modified: int) -> str:
-    return file_hash(path)

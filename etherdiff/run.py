@@ -21,12 +21,13 @@ from etherdiff.errors import NotFiniteError, Stopped, UserError
 from etherdiff.faults import explained
 from etherdiff.files import write_text
 from etherdiff.jobs import plan_job
-from etherdiff.jobs.job import Data, Job
+from etherdiff.jobs.job import Job
 from etherdiff.locks import LOCK, run_lock
 from etherdiff.models import fingerprint, load_base
 from etherdiff.reporting import show_report
 from etherdiff.resuming import check_machine, reopen, resume_from_checkpoint
 from etherdiff.runfolder import RunFolder, write_settings
+from etherdiff.train.batches import StepBatches
 from etherdiff.train.checkpoint import newest_checkpoint, read_step
 from etherdiff.train.loop import TrainingState, fit, make_accelerator, prepare_training
 from etherdiff.train.recorder import Recorder
@@ -116,7 +117,9 @@ def train_job(job: Job[Any], provenance: dict[str, Any] | None = None) -> Path:
     return run.path
 
 
-def run_loop(state: TrainingState, data: Data, config: TrainConfig, accelerator: Accelerator, recorder: Recorder) -> None:
+def run_loop(
+    state: TrainingState, data: StepBatches, config: TrainConfig, accelerator: Accelerator, recorder: Recorder
+) -> None:
     """Train to the end, or until a signal stops it; either way the state is in a checkpoint afterwards."""
     process, processes = accelerator.process_index, accelerator.num_processes
 

@@ -24,3 +24,13 @@ def dreambooth_data() -> Path:
         if (root / "dreambooth/dog").is_dir():
             return root
     pytest.skip("the DreamBooth photos are not here: set ETHERDIFF_TEST_DATA to a folder that holds dreambooth/dog")
+
+
+@pytest.fixture
+def another_process():
+    """accelerate keeps its precision for a whole process, which in use is one run."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)

@@ -20,15 +20,8 @@ from etherdiff import cli
 from etherdiff.config import DreamBoothConfig
 from etherdiff.images import read_png_settings
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("another_process")]
 COMMANDS = typer.main.get_command(cli.app).commands
-
-
-@pytest.fixture(autouse=True)
-def _another_process():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -17,14 +16,7 @@ from etherdiff.eval.results import read_result
 from etherdiff.images import PADDING
 from etherdiff.ui import console
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def _another_process():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("another_process")]
 
 
 def test_all_that_it_names_is_there(tmp_path):

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from small_runs import (
     STEPS,
@@ -48,14 +47,7 @@ from etherdiff.train import samples as samples_module
 from etherdiff.train.dreambooth import DreamBoothData, DreamBoothTask
 from etherdiff.ui import console
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def _another_process():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("another_process")]
 
 
 @pytest.fixture(scope="module")

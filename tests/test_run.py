@@ -30,7 +30,7 @@ from etherdiff.run import resume, train_dreambooth
 from etherdiff.tiny import tiny_folder
 from etherdiff.train.checkpoint import newest_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("another_process")]
 
 # everything that draws random numbers or keeps state between steps
 EVERYTHING = {
@@ -60,14 +60,6 @@ def subject(tmp_path_factory) -> Path:
     with Image.open(folder / "00.png") as image:
         image.crop((0, 0, 200, 256)).save(folder / "00.png")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _another_process():
-    """accelerate keeps its precision for a whole process, which in use is one run."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import sys
 import time
 
 import pytest
-from accelerate.state import AcceleratorState
 from small_runs import STEPS, as_recipe, checkpoints, finish, leftovers, metrics, results, small_config, start, wait_for
 
 from etherdiff import cli, signals
@@ -15,15 +14,8 @@ from etherdiff.run import resume, train_dreambooth
 from etherdiff.train import samples as samples_module
 from etherdiff.train.dreambooth import DreamBoothData
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("another_process")]
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
-
-
-@pytest.fixture(autouse=True)
-def _another_process():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from etherdiff.images import crop_window
+
 Box = tuple[float, float, float, float]
 _EXIF_ORIENTATION = 0x0112
 _LYING = (5, 6, 7, 8)  # orientations that swap width and height
@@ -17,7 +19,7 @@ def crop_box(size: tuple[int, int], resolution: int) -> Box:
     It is what `images.resize_and_crop(image, resolution, "center")` scales to resolution x resolution.
     """
     scale = resolution / min(size)
-    (left, right), (top, bottom) = (_middle(length, scale, resolution) for length in size)
+    (left, right), (top, bottom) = (crop_window(length, scale, resolution, 0.5) for length in size)
     return left, top, right, bottom
 
 
@@ -33,10 +35,3 @@ def upright_size(path: Path) -> tuple[int, int]:
     with Image.open(path) as image:
         lying = image.getexif().get(_EXIF_ORIENTATION) in _LYING
         return (image.height, image.width) if lying else image.size
-
-
-def _middle(length: int, scale: float, resolution: int) -> tuple[float, float]:
-    """Start and end, in source pixels, of a window of `resolution` whole target pixels along one side."""
-    scaled = max(resolution, round(length * scale))
-    start = round((scaled - resolution) / 2)
-    return start * length / scaled, (start + resolution) * length / scaled

@@ -14,7 +14,8 @@ from etherdiff.adapters.methods import MethodOptions, add_adapter
 from etherdiff.config import TrainConfig
 from etherdiff.models import Base, StableDiffusion
 from etherdiff.runfolder import RunFolder, manifest_of, write_manifest
-from etherdiff.train.loop import Batch, ParameterGroup
+from etherdiff.train.batches import StepBatches
+from etherdiff.train.loop import ParameterGroup
 
 
 class Plan(Protocol):
@@ -38,16 +39,6 @@ class Plan(Protocol):
 
 
 P = TypeVar("P", bound=Plan)
-
-
-class Data(Protocol):
-    """What the loop reads."""
-
-    def batches(self, step: int, process: int, processes: int) -> list[Batch]:
-        """One process's micro-batches of an optimizer step."""
-
-    def validation_batches(self) -> list[Batch]:
-        """Batches that never change."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +73,7 @@ class Job(ABC, Generic[P]):
         """What else run.yaml records."""
 
     @abstractmethod
-    def prepare(self, model: StableDiffusion, hashes: dict[str, str], accelerator: Accelerator) -> Data:
+    def prepare(self, model: StableDiffusion, hashes: dict[str, str], accelerator: Accelerator) -> StepBatches:
         """All that the loop will read, from the cache where it is there; `hashes` is the base's fingerprint."""
 
     @abstractmethod

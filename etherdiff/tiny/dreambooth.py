@@ -1,12 +1,10 @@
 """The tiny subjects as DreamBooth wants them: a folder of five images to learn from, others to judge by, and 25 prompts."""
 
-import shutil
-import tempfile
 from pathlib import Path
 
 from PIL import Image
 
-from etherdiff.paths import cache_dir
+from etherdiff.paths import cache_dir, made_once
 from etherdiff.tiny.world import render_subject
 
 IMAGES = 5
@@ -45,19 +43,7 @@ PROMPTS = (
 
 def subject_folder(name: str) -> Path:
     """The subject's images, rendered in the cache on first use: 00.png to 04.png, and held_out/00.png to 15.png."""
-    folder = cache_dir() / f"tiny-subjects-{VERSION}" / name
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-        try:
-            render_folder(name, temporary)
-            temporary.rename(folder)  # another process may have won the race; its folder is as good
-        except OSError:
-            if not folder.exists():
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    return made_once(cache_dir() / f"tiny-subjects-{VERSION}" / name, lambda folder: render_folder(name, folder))
 
 
 def render_folder(name: str, folder: Path) -> None:

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from etherdiff.config import DreamBoothConfig
 from etherdiff.diffusion import denoising_loss
+from etherdiff.train.batches import VALIDATION_TIMESTEPS, StepBatches, validation_timesteps
 from etherdiff.train.loop import Batch
 from etherdiff.train.randomness import Draw, integer, item_at, normal, uniform
-
-VALIDATION_TIMESTEPS = 4  # per image, spread evenly over the noise schedule
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,10 @@ class Moments:
         return self.mean.shape[0], self.mean.shape[1], self.mean.shape[2]
 
 
-class DreamBoothData:
+class DreamBoothData(StepBatches):
     """Batches of latents, noise, timesteps and text, as functions of the step and the place in the batch."""
+
+    config: DreamBoothConfig
 
     def __init__(
         self,
@@ -46,12 +47,6 @@ class DreamBoothData:
         self.config, self.subject, self.class_images = config, subject, class_images
         self.subject_text, self.class_text, self.empty_text = text
         self.scaling_factor, self.timesteps = scaling_factor, timesteps
-
-    def batches(self, step: int, process: int, processes: int) -> list[Batch]:
-        """One process's micro-batches of an optimizer step; all processes' and micro-batches' slots are one batch."""
-        size, parts = self.config.batch_size, self.config.gradient_accumulation
-        starts = [(part * processes + process) * size for part in range(parts)]
-        return [self._batch(step, range(start, start + size), parts * processes * size) for start in starts]
 
     def _batch(self, step: int, slots: range, per_step: int) -> Batch:
         samples = [self._subject_sample(step, slot, per_step) for slot in slots]
@@ -97,8 +92,7 @@ class DreamBoothData:
 
     def validation_batches(self) -> list[Batch]:
         """One batch per subject image: its first view's mean at fixed noise and evenly spread timesteps."""
-        seed, batches = self.config.seed, []
-        spread = (torch.arange(VALIDATION_TIMESTEPS) + 0.5) / VALIDATION_TIMESTEPS * self.timesteps
+        seed, spread, batches = self.config.seed, validation_timesteps(self.timesteps), []
         for item in range(self.subject.views[0]):
             latents = self.subject.mean[item, 0, 0] * self.scaling_factor
             shape = (VALIDATION_TIMESTEPS, *latents.shape)
@@ -106,7 +100,7 @@ class DreamBoothData:
                 {
                     "latents": latents.expand(shape),
                     "noise": normal(shape, seed, Draw.VALIDATION_NOISE, 0, item),
-                    "timesteps": spread.long(),
+                    "timesteps": spread,
                     "text": self.subject_text.expand(VALIDATION_TIMESTEPS, *self.subject_text.shape),
                     "weights": torch.full((VALIDATION_TIMESTEPS,), 1 / VALIDATION_TIMESTEPS),
                 }

@@ -1,6 +1,5 @@
 """The autoencoder's moments of thousands of images: on the disk, not in memory; computed once, and resumed where cut off."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import Tensor
 
-from etherdiff.files import write_text
+from etherdiff.files import file_hash, write_text
 from etherdiff.paths import cache_dir
 from etherdiff.sampling import chunks
 from etherdiff.train.cache import digest
@@ -73,7 +72,7 @@ def stored_latents(
             write_text(record, json.dumps({"done": part[-1] + 1}))
     moments.flush()
     unfinished.replace(path)
-    write_text(record, json.dumps({"done": count, "sha256": _hash(path)}))
+    write_text(record, json.dumps({"done": count, "sha256": file_hash(path)}))
     return LatentStore(np.load(path, mmap_mode="r"))
 
 
@@ -82,7 +81,7 @@ def _whole(path: Path, record: Path) -> NDArray[np.float32] | None:
     if not path.exists():
         return None
     try:
-        if json.loads(record.read_text(encoding="utf-8")).get("sha256") == _hash(path):
+        if json.loads(record.read_text(encoding="utf-8")).get("sha256") == file_hash(path):
             return np.load(path, mmap_mode="r")
     except (OSError, ValueError, AttributeError):
         pass
@@ -110,8 +109,3 @@ def _encode(vae: AutoencoderKL, images: list[NDArray[np.float32]], flips: int) -
     posteriors = [vae.encode(view).latent_dist for view in views]
     moments = torch.stack([torch.stack([p.mean.float(), p.std.float()], 1) for p in posteriors], 1)
     return moments.cpu().numpy()
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from etherdiff.control.pairs import Pair
 from etherdiff.devices import DTYPES
-from etherdiff.files import file_hash
+from etherdiff.files import unchanged_file_hash
 from etherdiff.images import read_image, resize_and_crop, to_array
 from etherdiff.leftovers import clear_leftovers
 from etherdiff.models import StableDiffusion, encode_prompts
@@ -82,7 +82,7 @@ def images_digest(pairs: Sequence[Pair]) -> str:
     """A name for the images of the pairs, by the content of their files."""
     total = hashlib.sha256()
     for pair in track(pairs, "reading images") if len(pairs) > VALIDATION_PAIRS else pairs:
-        total.update(file_hash(pair.image).encode())
+        total.update(unchanged_file_hash(pair.image).encode())
     return total.hexdigest()
 
 
@@ -90,7 +90,7 @@ def pairs_digest(plan: S2IPlan) -> str:
     """A name for all that is trained on: images, control files, captions, and how control is read."""
     total = hashlib.sha256(repr(sorted(plan.dataset.signal.settings().items())).encode())
     for pair in plan.dataset.training:
-        total.update(repr((file_hash(pair.image), file_hash(pair.control), pair.text)).encode())
+        total.update(repr((unchanged_file_hash(pair.image), unchanged_file_hash(pair.control), pair.text)).encode())
     return total.hexdigest()
 
 

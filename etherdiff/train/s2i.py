@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from etherdiff.config import S2IConfig
 from etherdiff.control.pipeline import HintEncoder, added_hint
 from etherdiff.diffusion import denoising_loss
+from etherdiff.train.batches import VALIDATION_TIMESTEPS, StepBatches, validation_timesteps
 from etherdiff.train.latents import LatentStore
 from etherdiff.train.loop import Batch
 from etherdiff.train.randomness import Draw, integer, item_at, normal, uniform
 
-VALIDATION_TIMESTEPS = 4  # per image, spread evenly over the noise schedule
 READERS = 4  # threads that read control files
 
 
-class S2IData:
+class S2IData(StepBatches):
     """Batches of latents, noise, timesteps, text and control, as functions of the step and the place in the batch."""
+
+    config: S2IConfig
 
     def __init__(
         self,
@@ -43,12 +45,6 @@ class S2IData:
         self.pictures, self.validation_pictures = pictures
         self.encode, self.scaling_factor, self.timesteps = encode, scaling_factor, timesteps
         self.readers = ThreadPoolExecutor(READERS)
-
-    def batches(self, step: int, process: int, processes: int) -> list[Batch]:
-        """One process's micro-batches of an optimizer step; all processes' and micro-batches' slots are one batch."""
-        size, parts = self.config.batch_size, self.config.gradient_accumulation
-        starts = [(part * processes + process) * size for part in range(parts)]
-        return [self._batch(step, range(start, start + size), parts * processes * size) for start in starts]
 
     def _batch(self, step: int, slots: range, per_step: int) -> Batch:
         seed = self.config.seed
@@ -78,8 +74,7 @@ class S2IData:
 
     def validation_batches(self) -> list[Batch]:
         """One batch per validation image: its mean at fixed noise and evenly spread timesteps."""
-        spread = (torch.arange(VALIDATION_TIMESTEPS) + 0.5) / VALIDATION_TIMESTEPS * self.timesteps
-        batches = []
+        spread, batches = validation_timesteps(self.timesteps), []
         for item in range(len(self.validation_latents)):
             latents = self.validation_latents.read(item, 0)[0] * self.scaling_factor
             shape = (VALIDATION_TIMESTEPS, *latents.shape)
@@ -88,7 +83,7 @@ class S2IData:
                 {
                     "latents": latents.expand(shape),
                     "noise": normal(shape, self.config.seed, Draw.VALIDATION_NOISE, 0, item),
-                    "timesteps": spread.long(),
+                    "timesteps": spread,
                     "text": text.expand(VALIDATION_TIMESTEPS, -1, -1),
                     "control": control.expand(VALIDATION_TIMESTEPS, -1, -1, -1),
                 }

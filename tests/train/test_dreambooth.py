@@ -10,7 +10,8 @@ from etherdiff.config import DreamBoothConfig
 from etherdiff.images import resize_and_crop
 from etherdiff.models import encode_prompts, find_base, load_base
 from etherdiff.train import prepare
-from etherdiff.train.dreambooth import VALIDATION_TIMESTEPS, DreamBoothData, DreamBoothTask, Moments
+from etherdiff.train.batches import VALIDATION_TIMESTEPS
+from etherdiff.train.dreambooth import DreamBoothData, DreamBoothTask, Moments
 from etherdiff.train.prepare import cached_moments, cached_text
 
 SHAPE = (4, 3, 3)  # of a latent

@@ -3,8 +3,6 @@
 import hashlib
 import io
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from etherdiff.control.captions import TEXT_KEYS, first_of
 from etherdiff.control.readers.imagefolder import METADATA, read_imagefolder
 from etherdiff.control.readers.listing import Listing
 from etherdiff.errors import UserError
-from etherdiff.paths import cache_dir
+from etherdiff.paths import cache_dir, made_once
 from etherdiff.ui import track
 
 VERSION = 1  # of what is unpacked here
@@ -35,18 +33,7 @@ def read_hub_dataset(repo: str) -> Listing:
     files = _fetch(repo)
     key = hashlib.sha256("\n".join(f"{path.name} {path.stat().st_size}" for path in files).encode()).hexdigest()[:16]
     folder = cache_dir() / f"hub-datasets-{VERSION}" / f"{repo.replace('/', '--')}-{key}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-        try:
-            unpack(files, temporary)
-            temporary.rename(folder)  # another process may have won the race; its folder is as good
-        except OSError:
-            if not folder.exists():
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return read_imagefolder(folder)
+    return read_imagefolder(made_once(folder, lambda new: unpack(files, new)))
 
 
 def unpack(files: list[Path], folder: Path) -> None:

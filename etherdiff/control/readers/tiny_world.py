@@ -1,15 +1,13 @@
 """Scenes of the tiny world, rendered once into the cache in the imagefolder style."""
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 
 from PIL import Image
 
 from etherdiff.control.readers.imagefolder import METADATA, read_imagefolder
 from etherdiff.control.readers.listing import Listing
-from etherdiff.paths import cache_dir
+from etherdiff.paths import cache_dir, made_once
 from etherdiff.tiny.world import render_scene
 from etherdiff.ui import track
 
@@ -28,18 +26,7 @@ def read_tiny_world(evaluation: str, training_scenes: int = TRAINING, evaluated_
 def scenes_folder(split: str, count: int) -> Path:
     """The first `count` scenes of a split; under train/, images, label maps and metadata.jsonl."""
     folder = cache_dir() / f"tiny-scenes-{VERSION}" / f"{split}-{count}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-        try:
-            _render(split, count, temporary / "train")
-            temporary.rename(folder)  # another process may have won the race; its folder is as good
-        except OSError:
-            if not folder.exists():
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    return made_once(folder, lambda new: _render(split, count, new / "train"))
 
 
 def _render(split: str, count: int, folder: Path) -> None:
