@@ -27,13 +27,21 @@ app = typer.Typer(
 )
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
+PathsArgument = Annotated[
+    list[Path], typer.Argument(metavar="PATH…", help="run folders, or folders that hold some, as a sweep's")
+]
+PaperOption = Annotated[bool, typer.Option("--paper/--no-paper", help="the paper's numbers beside")]
+AnywayOption = Annotated[bool, typer.Option("--anyway", help="also scores that were not computed the same way, marked")]
 CONTROLLED = "Controllable runs"
 PANELS = {  # the option that opens each panel of a training command's help
     "base": "Model and method",
     "steps": "Optimization",
     "mixed_precision": "Machine and randomness",
     "checkpoint_every": "Along the way",
+    "sample_prompts": "Along the way",
+    "prior_preservation": "Subject and images",
     "subject": "Subject and images",
+    "distance": "Transformation",
     "dataset": "Images and control",
 }
 
@@ -115,6 +123,12 @@ def _s2i_config() -> type:
     return S2IConfig
 
 
+def _perturb_config() -> type:
+    from etherdiff.config import PerturbConfig
+
+    return PerturbConfig
+
+
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="recipe: a YAML file of options (a run's run.yaml is one)")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="one option over the recipe's")]
 
@@ -168,6 +182,35 @@ def resume(
     from etherdiff.run import resume as resume_run
 
     _say_next(resume_run(run, steps, on_nan))
+
+
+@app.command(rich_help_panel="Train")
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file that says which runs; see configs/sweeps/")],
+    output: Annotated[
+        Path | None, typer.Option(help="folder for all of it [default: sweeps/NAME of the file]".replace("[", "\\["))
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to use, HOST:PORT or auto, instead of this machine")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="most runs at a time [default: as many as fit; 1 without Ray]".replace("[", "\\["))
+    ] = None,
+    retries: Annotated[int, typer.Option(help="how often a run that failed is tried again")] = 1,
+    commands: Annotated[
+        bool, typer.Option("--print-commands", help="run nothing: print a shell command per line, for SLURM arrays")
+    ] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="run nothing: check everything and say how far each run is")] = False,
+) -> None:
+    """Make and score many runs from one file: those that are finished are skipped, those that were stopped go on."""
+    from etherdiff.sweeps import sweep as s
+
+    options = s.SweepOptions(output, address, jobs, retries)
+    if commands and dry:
+        raise UserError("give either --print-commands or --dry-run")
+    if commands or dry:
+        for line in s.print_commands(file, options) if commands else s.dry_run(file, options):
+            typer.echo(line)
+        return
+    s.run_sweep(file, options)
 
 
 @app.command(rich_help_panel="Use the result")
@@ -356,6 +399,76 @@ def compare(
         Console().print(c.as_table(columns))
 
 
+@app.command("perturb", rich_help_panel="Judge the result")
+@training_command(
+    _perturb_config(),
+    "Make a run that nobody trained: random matrices at a distance from the identity, to see what a base bears.",
+)
+def perturb(config: ConfigOption = None, settings: SetOption = None, *, flags: dict[str, Any]) -> None:
+    """See `training_command`."""
+    from etherdiff import perturb as p
+    from etherdiff.ui import say
+
+    run = p.perturb(_read_config(_perturb_config(), config, settings, flags))
+    say(f"{run}: done. Next: etherdiff eval {run}")
+
+
+@app.command(rich_help_panel="Judge the result")
+def table(
+    paths: PathsArgument,
+    rows: Annotated[
+        str, typer.Option(metavar="KEY,…", help="a row for each value of these: configuration keys, subject")
+    ] = "method",
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,…", help="scores, and facts such as step_flops [default: the paper's]".replace("[", "\\[")),
+    ] = None,
+    best: Annotated[
+        str | None, typer.Option(metavar="KEY", help="per row its best value by the first score, and how wide good ones are")
+    ] = None,
+    format: Annotated[  # noqa: A002
+        str | None, typer.Option(help="text, markdown, csv or html [default: as --output ends, else text]".replace("[", "\\["))
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="file to write instead of printing")] = None,
+    with_paper: PaperOption = True,
+    anyway: AnywayOption = False,
+) -> None:
+    """Scores and costs of many runs as a table with intervals: averaged over subjects and seeds, the paper's beside."""
+    from etherdiff.results import formats
+    from etherdiff.results.tables import TableOptions, make_table
+
+    written = formats.find_format(format, output)
+    found = make_table(paths, TableOptions(_listed(rows), _listed(columns) if columns else None, best, with_paper, anyway))
+    formats.show(found, written, output)
+
+
+@app.command(rich_help_panel="Judge the result")
+def plot(
+    paths: PathsArgument,
+    x: Annotated[
+        str, typer.Option("--x", metavar="KEY", help="a configuration key with numbers, such as learning_rate; or step")
+    ],
+    y: Annotated[list[str], typer.Option("--y", metavar="NAME", help="a score or a fact; repeat for a panel each")],
+    output: Annotated[Path, typer.Option(help="the picture: a .png or .svg file")],
+    lines: Annotated[str, typer.Option(metavar="KEY,…", help="a line for each value of these")] = "method",
+    title: Annotated[str | None, typer.Option(help="above the picture")] = None,
+    with_paper: PaperOption = True,
+    anyway: AnywayOption = False,
+) -> None:
+    """Scores, drift or cost of many runs as a figure: lines with error bars over a setting, or over the steps of training."""
+    from etherdiff.results.curves import CurveOptions, make_figure
+    from etherdiff.results.drawing import check_output, draw_figure
+    from etherdiff.results.formats import left_out_notes
+    from etherdiff.ui import say, warn
+
+    check_output(output)
+    figure = make_figure(paths, CurveOptions(x, tuple(y), _listed(lines), with_paper, anyway))
+    draw_figure(figure, output, title)
+    for note in [*figure.remarks, *left_out_notes(figure.left_out)]:
+        warn(note)
+    say(f"{output}: {len(figure.panels)} panel{'s' if len(figure.panels) > 1 else ''}")
+
+
 @app.command(rich_help_panel="Use the result")
 def merge(
     run: RunArgument,
@@ -479,6 +592,11 @@ def check_data(
         Console().print(check.render(report))
     if report.problems:
         raise UserError(report.sentences())
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    """Names with commas between."""
+    return tuple(filter(None, map(str.strip, text.split(","))))
 
 
 def _relaunch_as_begun(run: Path) -> None:

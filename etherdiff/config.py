@@ -5,25 +5,27 @@ The descriptions below are the command line's help.
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from etherdiff.errors import UserError
 
 MethodName = Literal["ether", "ether+", "ether+one-sided", "lora", "oft", "naive", "boft", "hra", "vera", "full"]
 S2IMethodName = Literal[MethodName, "none"]
+PerturbMethodName = Literal["ether", "ether+", "ether+one-sided", "oft", "naive"]
 TargetName = Literal["attention", "attention+geglu", "attention+feedforward"]
 METHOD_NAMES: tuple[str, ...] = get_args(MethodName)
+PERTURB_METHOD_NAMES: tuple[str, ...] = get_args(PerturbMethodName)
 TARGET_NAMES: tuple[str, ...] = get_args(TargetName)
 NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, TypeError)  # all raised by PyYAML
 MAX_RECIPE_BYTES = 1_000_000
-C = TypeVar("C", bound="TrainConfig")
+C = TypeVar("C", bound="AdapterConfig")
 
 
-class TrainConfig(BaseModel):
-    """What every training task has."""
+class AdapterConfig(BaseModel):
+    """What every run folder has: an adapter of some method on a base."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -35,6 +37,34 @@ class TrainConfig(BaseModel):
     method: S2IMethodName = Field("ether+", description=f"how to fine-tune: {', '.join(METHOD_NAMES)}")
     targets: TargetName = Field("attention", description=f"linear layers of the UNet to adapt: {', '.join(TARGET_NAMES)}")
     blocks: int | None = Field(None, ge=1, description="diagonal blocks n [default: 1 for ether, 4 for oft and naive]")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_nul(cls, value: Any) -> Any:
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("must not hold a NUL character")  # no path has one, and nobody types it
+        return value
+
+
+class SubjectConfig(AdapterConfig):
+    """What every run has that is judged by how it draws a subject."""
+
+    subject: str = Field(description="folder of images, or a subject's name under the data root or in google/dreambooth")
+    data_root: Path | None = Field(None, description="folder that holds dreambooth/NAME [default: $ETHERDIFF_DATA]")
+    identifier: str = Field("sks", min_length=1, description="the word that comes to mean the subject")
+    class_noun: str | None = Field(None, min_length=1, description="what the subject is [default: DreamBooth's own noun]")
+
+    @field_validator("subject", "identifier", "class_noun")
+    @classmethod
+    def _is_named(cls, name: str | None) -> str | None:
+        if name is not None and not name.strip():
+            raise ValueError("must not be empty")
+        return name
+
+
+class TrainConfig(AdapterConfig):
+    """What every training task has."""
+
     rank: int | None = Field(None, ge=1, description="rank of lora (4), hra (8) and vera (256)")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping an input of the adapter's update")
 
@@ -50,6 +80,7 @@ class TrainConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR loss weighting, usually 5 [default: off]")
+    debiased_estimation: bool = Field(False, description="loss weighted by 1/sqrt(SNR): high noise counts more")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the adapter, saved as the result")
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="probability of training on the empty prompt")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="precision of the frozen model and autocast")
@@ -69,12 +100,12 @@ class TrainConfig(BaseModel):
     overwrite: bool = Field(False, description="replace an existing run folder")
     dry_run: bool = Field(False, description="check everything, print size, memory and time, and stop")
 
-    @field_validator("*", mode="before")
+    @field_validator("debiased_estimation")
     @classmethod
-    def _no_nul(cls, value: Any) -> Any:
-        if isinstance(value, str) and "\0" in value:
-            raise ValueError("must not hold a NUL character")  # no path has one, and nobody types it
-        return value
+    def _is_one_weighting(cls, wanted: bool, others: ValidationInfo) -> bool:
+        if wanted and others.data.get("min_snr_gamma") is not None:
+            raise ValueError("weighs the loss as min_snr_gamma does: give one of them")
+        return wanted
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -82,7 +113,7 @@ class TrainConfig(BaseModel):
         return "no" if value is False else value  # YAML reads a bare `no` so
 
 
-class DreamBoothConfig(TrainConfig):
+class DreamBoothConfig(SubjectConfig, TrainConfig):
     """Subject-driven fine-tuning (Ruiz et al. 2023; protocol of the ETHER paper, section 5.1)."""
 
     method: MethodName = Field("ether+", description=f"how to fine-tune: {', '.join(METHOD_NAMES)}")
@@ -90,10 +121,6 @@ class DreamBoothConfig(TrainConfig):
     eval_scores: Literal["auto", "on", "off"] = Field(
         "auto", description="DINO and CLIP-T along the way, and best/; auto: where the networks need no download"
     )
-    subject: str = Field(description="folder of images, or a subject's name under the data root or in google/dreambooth")
-    data_root: Path | None = Field(None, description="folder that holds dreambooth/NAME [default: $ETHERDIFF_DATA]")
-    identifier: str = Field("sks", min_length=1, description="the word that comes to mean the subject")
-    class_noun: str | None = Field(None, min_length=1, description="what the subject is [default: DreamBooth's own noun]")
     prior_preservation: bool = Field(True, description="train on images of the class as well, so that it is not forgotten")
     prior_weight: float = Field(1.0, gt=0, description="weight of the class images' loss")
     class_images: int | None = Field(
@@ -112,13 +139,6 @@ class DreamBoothConfig(TrainConfig):
     @classmethod
     def _on_and_off_are_no_booleans(cls, value: Any) -> Any:
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # YAML reads a bare `on` so
-
-    @field_validator("subject", "identifier", "class_noun")
-    @classmethod
-    def _is_named(cls, name: str | None) -> str | None:
-        if name is not None and not name.strip():
-            raise ValueError("must not be empty")
-        return name
 
     @property
     def crops_per_image(self) -> int:
@@ -162,6 +182,25 @@ class S2IConfig(TrainConfig):
         if not name.strip():
             raise ValueError("must not be empty")
         return name
+
+
+class PerturbConfig(SubjectConfig):
+    """A random transformation of every targeted layer, at a distance from the identity (ETHER paper, section 5.3)."""
+
+    steps: ClassVar[int] = 0  # nothing is trained
+
+    output: Path | None = Field(None, description="run folder to create [default: runs/SUBJECT-METHOD-random]")
+    method: PerturbMethodName = Field("ether+", description=f"whose kind of matrix: {', '.join(PERTURB_METHOD_NAMES)}")
+    targets: TargetName = Field("attention", description=f"linear layers of the UNet to transform: {', '.join(TARGET_NAMES)}")
+    distance: float | None = Field(
+        None, ge=0, description="‖T − I‖ of each block: 2 for ether, at most √2 for ether+ [default: 2 for ether; else needed]"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="the matrices follow from it")
+    overwrite: bool = Field(False, description="replace an existing run folder")
+
+
+RunConfig: TypeAlias = TrainConfig | PerturbConfig
+"""What a run folder's run.yaml holds."""
 
 
 def read_config(cls: type[C], recipe: Path | None, settings: list[str], flags: dict[str, Any]) -> C:

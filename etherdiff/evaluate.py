@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from etherdiff.adapters.io import load_adapter, read_adapter
 from etherdiff.adapters.methods import add_adapter
-from etherdiff.config import DreamBoothConfig, TrainConfig, load_yaml
+from etherdiff.config import DreamBoothConfig, PerturbConfig, RunConfig, SubjectConfig, TrainConfig, load_yaml
 from etherdiff.devices import device_problem, resolve_device
 from etherdiff.errors import RunError, UserError
 from etherdiff.eval.backbones import PRESETS, ROLES, find_backbones
@@ -148,7 +148,7 @@ class Plan:
     """An evaluation that can start."""
 
     run: RunFolder
-    config: DreamBoothConfig
+    config: DreamBoothConfig | PerturbConfig
     provenance: dict[str, Any]
     options: EvalOptions
     base: Base
@@ -237,7 +237,7 @@ def plan_evaluation(path: Path, options: EvalOptions) -> Plan:
     return Plan(run, config, provenance, options, base, subject, trained, protocol, scoring, backbones)
 
 
-def read_run(path: Path) -> tuple[RunFolder, DreamBoothConfig, dict[str, Any]]:
+def read_run(path: Path) -> tuple[RunFolder, DreamBoothConfig | PerturbConfig, dict[str, Any]]:
     """A subject-driven run. UserError where it is none."""
     if RunFolder(path).settings.is_file():
         content = load_yaml(RunFolder(path).settings)
@@ -245,11 +245,11 @@ def read_run(path: Path) -> tuple[RunFolder, DreamBoothConfig, dict[str, Any]]:
         if isinstance(provenance, dict) and provenance.get("task") == "s2i":
             raise UserError(f"{path} is a run of train-s2i: evaluate_control judges those")
     run, config, found = read_settings(path)
-    assert isinstance(config, DreamBoothConfig)
+    assert isinstance(config, DreamBoothConfig | PerturbConfig)
     return run, config, found
 
 
-def refuse_other_images(run: RunFolder, config: DreamBoothConfig, provenance: Mapping[str, Any], subject: Subject) -> None:
+def refuse_other_images(run: RunFolder, config: SubjectConfig, provenance: Mapping[str, Any], subject: Subject) -> None:
     """UserError where the subject's images are not those that the run was trained on, if it recorded that."""
     recorded = provenance.get("images")
     if recorded is None or not isinstance(config, DreamBoothConfig):
@@ -258,7 +258,7 @@ def refuse_other_images(run: RunFolder, config: DreamBoothConfig, provenance: Ma
         raise UserError(f"{run.path} was trained on other images than {config.subject} holds now: put them back")
 
 
-def prompt_texts(config: DreamBoothConfig, options: EvalOptions) -> list[str]:
+def prompt_texts(config: SubjectConfig, options: EvalOptions) -> list[str]:
     """The prompts, with the identifier."""
     if options.prompts is None:
         return prompts_for(str(config.class_noun), config.identifier, tiny=config.base == "tiny")
@@ -271,7 +271,7 @@ def prompt_texts(config: DreamBoothConfig, options: EvalOptions) -> list[str]:
 # --- What is judged --------------------------------------------------------------------------------------------------
 
 
-def find_trained(run: RunFolder, config: TrainConfig, name: str) -> Trained:
+def find_trained(run: RunFolder, config: RunConfig, name: str) -> Trained:
     """The run's result, its best adapter or a checkpoint. UserError where it is not there or damaged."""
     if name == "last":
         if not run.adapter.is_dir():
@@ -282,6 +282,8 @@ def find_trained(run: RunFolder, config: TrainConfig, name: str) -> Trained:
             )
         check_result(run, run.adapter)
         return _from_folder(run.adapter, name, config.steps)
+    if isinstance(config, PerturbConfig):
+        raise UserError(f"checkpoint: {run.path} was made by etherdiff perturb: there is only its last")
     if name == "best":
         return _from_folder(run.best, name, read_best_step(run))
     number = re.fullmatch(r"step-(\d{1,9})", name)
@@ -442,6 +444,8 @@ def beside_the_paper(plan: Plan, scores: Mapping[str, Any]) -> dict[str, Any]:
     """The paper's numbers for the method, and for each why it must not stand beside ours; empty where it may."""
     protocol, found = plan.protocol, {}
     apart = []
+    if isinstance(plan.config, PerturbConfig):
+        apart.append("the transformation is random, not trained")
     if plan.base.config("unet").get("cross_attention_dim") != SD1_TEXT_WIDTH:
         apart.append("the base is not Stable Diffusion 1.5")
     if plan.options.prompts is not None or len(protocol.seeds) != PAPER_SEEDS:

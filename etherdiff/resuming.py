@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from etherdiff.config import TrainConfig
+from etherdiff.config import PerturbConfig, TrainConfig
 from etherdiff.errors import UserError
 from etherdiff.files import staged_folder, write_text
 from etherdiff.leftovers import clear_leftovers
@@ -35,6 +35,8 @@ def reopen(path: Path) -> tuple[RunFolder, TrainConfig, dict[str, Any]]:
         warn(f"{run.settings} is not what the run wrote: put back from {copy.parent.name}")
         if is_main_process():
             write_text(run.settings, copy.read_text(encoding="utf-8"))
+    if isinstance(config, PerturbConfig):
+        raise UserError(f"{path} was made by etherdiff perturb, all at once: there is nothing to go on with")
     threads = provenance.get("threads")
     if isinstance(threads, int) and 0 < threads != torch.get_num_threads():
         say(f"computing with {threads} threads, as this run did: sums differ with their number")

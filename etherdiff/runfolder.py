@@ -12,11 +12,11 @@ import torch
 import yaml
 
 from etherdiff import __version__
-from etherdiff.config import DreamBoothConfig, S2IConfig, TrainConfig, load_run_config, load_yaml
+from etherdiff.config import DreamBoothConfig, PerturbConfig, RunConfig, S2IConfig, load_run_config, load_yaml
 from etherdiff.errors import UserError
 from etherdiff.files import file_hash, write_text
 
-TASKS: dict[str, type[TrainConfig]] = {"dreambooth": DreamBoothConfig, "s2i": S2IConfig}
+TASKS: dict[str, type[RunConfig]] = {"dreambooth": DreamBoothConfig, "s2i": S2IConfig, "perturb": PerturbConfig}
 SEAL = "# sha256 of what follows: "
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
 
@@ -78,7 +78,7 @@ class RunFolder:
         return self.path / "cost.json"
 
 
-def write_settings(run: RunFolder, task: str, config: TrainConfig, facts: dict[str, Any]) -> None:
+def write_settings(run: RunFolder, task: str, config: RunConfig, facts: dict[str, Any]) -> None:
     """run.yaml: the resolved configuration, itself a recipe, and under `provenance` what else determined the result.
 
     facts win over what is found here. The first line is a hash of the rest, so that damage shows.
@@ -112,7 +112,7 @@ def _text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_settings(path: Path, settings: Path | None = None) -> tuple[RunFolder, TrainConfig, dict[str, Any]]:
+def read_settings(path: Path, settings: Path | None = None) -> tuple[RunFolder, RunConfig, dict[str, Any]]:
     """The folder, its configuration and its provenance, from its run.yaml or from a copy. UserError where it is no run."""
     run = RunFolder(path)
     if not run.settings.is_file() and settings is None:

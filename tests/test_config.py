@@ -48,6 +48,11 @@ def test_every_mistake_is_in_one_message(recipe):
         assert sum(line.removeprefix("--set ").startswith(part) for line in found) == 1, (part, found)
 
 
+def test_the_loss_is_weighted_in_one_way(recipe):
+    (found,) = problems(recipe("min_snr_gamma: 5\ndebiased_estimation: true\n"))
+    assert found.startswith("debiased_estimation: weighs the loss as min_snr_gamma does")
+
+
 def test_a_missing_option_is_named_with_what_it_is():
     with pytest.raises(UserError, match=r"subject: is needed \(folder of images"):
         read_config(DreamBoothConfig, None, [], {})

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
-from etherdiff.diffusion import denoising_loss, min_snr_weight
+from etherdiff.diffusion import debiased_weight, denoising_loss, loss_weighting, min_snr_weight
 from etherdiff.models import find_base, load_base
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -66,7 +66,9 @@ def test_loss_is_that_of_diffusers_training_script(prediction_type, gamma):
     model_input, noise = torch.randn(3, 4, 16, 16), torch.randn(3, 4, 16, 16)
     timesteps = torch.tensor([10, 400, 990])
     encoder_hidden_states = torch.randn(3, 77, unet.config.cross_attention_dim)
-    ours = denoising_loss(unet, noise_scheduler, model_input, encoder_hidden_states, noise, timesteps, gamma)
+    ours = denoising_loss(
+        unet, noise_scheduler, model_input, encoder_hidden_states, noise, timesteps, loss_weighting(gamma, False)
+    )
 
     noisy_model_input = noise_scheduler.add_noise(model_input, noise, timesteps)
     with torch.no_grad():
@@ -104,9 +106,27 @@ def test_min_snr_weights_are_the_published_ones(prediction_type, gamma):
 def test_min_snr_multiplies_each_sample(batch):
     noise_scheduler = scheduler("epsilon")
     plain = denoising_loss(Affine(), noise_scheduler, *batch)
-    weighted = denoising_loss(Affine(), noise_scheduler, *batch, min_snr_gamma=5.0)
+    weighted = denoising_loss(Affine(), noise_scheduler, *batch, loss_weighting(5.0, False))
     torch.testing.assert_close(weighted, plain * min_snr_weight(noise_scheduler, TIMESTEPS, 5.0))
     assert not torch.allclose(weighted, plain)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_debiased_weights_count_an_error_in_the_image_alike(prediction_type, batch):
+    """Yu et al. 2023: sqrt(SNR) for a prediction of x0, whichever target the error is of."""
+    weights = loss_weighting(None, True)(scheduler(prediction_type), TIMESTEPS)
+    for weight, t in zip(weights.tolist(), TIMESTEPS.tolist(), strict=True):
+        alpha = alphas_cumprod()[t].item()
+        snr = alpha / (1 - alpha)
+        expected = snr**-0.5 if prediction_type == "epsilon" else snr**0.5 / (snr + 1)
+        assert weight == pytest.approx(expected, rel=1e-4)
+    plain = denoising_loss(Affine(), scheduler(prediction_type), *batch)
+    weighted = denoising_loss(Affine(), scheduler(prediction_type), *batch, debiased_weight)
+    torch.testing.assert_close(weighted, plain * weights)
+
+
+def test_without_a_weighting_the_loss_is_plain():
+    assert loss_weighting(None, False) is None
 
 
 def test_samples_do_not_touch_each_other(batch):

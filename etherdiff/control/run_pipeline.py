@@ -35,7 +35,7 @@ def control_config(run: Path) -> tuple[RunFolder, S2IConfig, dict[str, Any]]:
     """The settings of a finished controllable run. UserError where it is none, or has not finished."""
     folder, config, provenance = read_settings(run)
     if not isinstance(config, S2IConfig):
-        raise UserError(f"{run} is a run of train-dreambooth: it has no control")
+        raise UserError(f"{run} is not a run of train-s2i: it has no control")
     if not folder.control_encoder.is_dir():
         raise UserError(f"{run} has no control encoder yet: the run has not finished (etherdiff resume {run})")
     return folder, config, provenance

@@ -8,6 +8,7 @@ from torch import nn
 
 from etherdiff.adapters.methods import trainable_parameters
 from etherdiff.config import DreamBoothConfig
+from etherdiff.diffusion import loss_weighting
 from etherdiff.jobs.job import Job, Watchers, adapt, save_adapter_result
 from etherdiff.models import StableDiffusion
 from etherdiff.runfolder import RunFolder
@@ -92,7 +93,9 @@ class DreamBoothJob(Job[DreamBoothPlan]):
         self.adapted = adapt(model, self.plan)
         if self.scorer is not None:
             self.scorer.adapted = self.adapted
-        return DreamBoothTask(model.unet, model.noise_scheduler, self.plan.config.min_snr_gamma)
+        config = self.plan.config
+        weighting = loss_weighting(config.min_snr_gamma, config.debiased_estimation)
+        return DreamBoothTask(model.unet, model.noise_scheduler, weighting)
 
     def describe(self, accelerator: Accelerator) -> list[str]:
         plan, config = self.plan, self.plan.config

@@ -12,6 +12,7 @@ from etherdiff.adapters.methods import magnitude_config, trainable_parameters
 from etherdiff.config import S2IConfig
 from etherdiff.control.pipeline import HintEncoder
 from etherdiff.control.run_pipeline import load_hint_encoder
+from etherdiff.diffusion import loss_weighting
 from etherdiff.files import copy_folder
 from etherdiff.jobs.job import Job, Watchers, adapt, save_adapter_result, save_result
 from etherdiff.models import StableDiffusion
@@ -88,7 +89,8 @@ class S2IJob(Job[S2IPlan]):
             self.hint_encoder = load_hint_encoder(refit)
         if self.sampler is not None:
             self.sampler.hint_encoder = self.hint_encoder
-        return S2ITask(model.unet, self.hint_encoder, model.noise_scheduler, config.min_snr_gamma)
+        weighting = loss_weighting(config.min_snr_gamma, config.debiased_estimation)
+        return S2ITask(model.unet, self.hint_encoder, model.noise_scheduler, weighting)
 
     def groups(self) -> list[ParameterGroup]:
         rate = self.plan.config.encoder_learning_rate

@@ -9,7 +9,7 @@ from typing import Any
 
 from etherdiff.adapters.drift import LayerDrift, adapter_drift, full_drift
 from etherdiff.adapters.io import FULL, load_adapter, read_adapter
-from etherdiff.config import TrainConfig
+from etherdiff.config import RunConfig
 from etherdiff.errors import UserError
 from etherdiff.export import trained_on
 from etherdiff.images import list_images, read_png_settings
@@ -38,7 +38,7 @@ class Contents:
 
     path: Path
     """As the user named it."""
-    config: TrainConfig
+    config: RunConfig
     provenance: dict[str, Any]
     curves: list[dict[str, Any]] = field(default_factory=list)
     """Lines of metrics.jsonl, all with a step."""
@@ -186,7 +186,7 @@ def _prompt_inside(path: Path) -> str | None:
     return prompt if isinstance(prompt, str) and prompt.strip() else None
 
 
-def _subject_images(config: TrainConfig) -> list[Path]:
+def _subject_images(config: RunConfig) -> list[Path]:
     folder = Path(getattr(config, "subject", ""))
     try:
         return list_images(folder) if folder.is_absolute() and folder.is_dir() else []

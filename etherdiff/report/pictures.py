@@ -56,7 +56,8 @@ def _subject(contents: Contents, album: Album) -> Html:
     if not images:
         return Html()
     shown = [album.picture(path, f"training image {number}") for number, path in enumerate(images, 1)]
-    caption = tag("p", f"Trained on {counted(len(contents.subject), 'image')}:", class_="note")
+    said = "Trained on" if contents.config.steps else "Judged by"
+    caption = tag("p", f"{said} {counted(len(contents.subject), 'image')}:", class_="note")
     return join(caption, tag("div", *shown, class_="strip subject"))
 
 

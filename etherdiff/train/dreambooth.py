@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from etherdiff.config import DreamBoothConfig
-from etherdiff.diffusion import denoising_loss
+from etherdiff.diffusion import Weighting, denoising_loss
 from etherdiff.train.batches import VALIDATION_TIMESTEPS, StepBatches, validation_timesteps
 from etherdiff.train.loop import Batch
 from etherdiff.train.randomness import Draw, integer, item_at, normal, uniform
@@ -111,9 +111,9 @@ class DreamBoothData(StepBatches):
 class DreamBoothTask(nn.Module):
     """The loss of a batch: denoising of the subject's images plus, weighted, of the class's (DreamBooth, eq. 2)."""
 
-    def __init__(self, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler, min_snr_gamma: float | None) -> None:
+    def __init__(self, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler, weighting: Weighting | None) -> None:
         super().__init__()
-        self.unet, self.noise_scheduler, self.min_snr_gamma = unet, noise_scheduler, min_snr_gamma
+        self.unet, self.noise_scheduler, self.weighting = unet, noise_scheduler, weighting
 
     def forward(self, batch: Batch) -> Tensor:
         """A scalar; batch: latents and noise (B, C, h, w), timesteps (B,), text (B, tokens, width), weights (B,)."""
@@ -124,6 +124,6 @@ class DreamBoothTask(nn.Module):
             batch["text"],
             batch["noise"],
             batch["timesteps"],
-            self.min_snr_gamma,
+            self.weighting,
         )
         return (losses * batch["weights"]).sum()

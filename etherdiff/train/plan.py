@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from torch import nn
 
 from etherdiff.adapters.methods import METHODS, TARGETS, MethodOptions, add_adapter, resolve_options
 from etherdiff.config import DreamBoothConfig, TrainConfig
@@ -178,11 +179,11 @@ def prompt_problems(base: Base, prompt: str) -> list[str]:
     ]
 
 
-def try_adapter(base: Base, method: str, options: MethodOptions) -> None:
+def try_adapter(base: Base, method: str, options: MethodOptions) -> nn.Module:
     """Put the adapter into a UNet without weights: what does not fit is found before anything is loaded."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(base.config("unet"))
-    add_adapter(unet, method, options)
+    return add_adapter(unet, method, options)
 
 
 def _say_skipped(bad: UnreadableImage) -> None:

@@ -31,6 +31,7 @@ class Draw(IntEnum):
     VALIDATION_NOISE = 13
     CROP_POSITION = 14
     DROPOUT = 15
+    PERTURBATION = 16
 
 
 def generator(seed: int, draw: Draw, step: int, index: int) -> np.random.Generator:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from etherdiff.config import S2IConfig
 from etherdiff.control.pipeline import HintEncoder, added_hint
-from etherdiff.diffusion import denoising_loss
+from etherdiff.diffusion import Weighting, denoising_loss
 from etherdiff.train.batches import VALIDATION_TIMESTEPS, StepBatches, validation_timesteps
 from etherdiff.train.latents import LatentStore
 from etherdiff.train.loop import Batch
@@ -99,11 +99,11 @@ class S2ITask(nn.Module):
         unet: UNet2DConditionModel,
         hint_encoder: HintEncoder,
         noise_scheduler: DDPMScheduler,
-        min_snr_gamma: float | None,
+        weighting: Weighting | None,
     ) -> None:
         super().__init__()
         self.unet, self.hint_encoder = unet, hint_encoder
-        self.noise_scheduler, self.min_snr_gamma = noise_scheduler, min_snr_gamma
+        self.noise_scheduler, self.weighting = noise_scheduler, weighting
 
     def forward(self, batch: Batch) -> Tensor:
         """A scalar; batch: latents, noise (B, C, h, w), timesteps (B,), text (B, tokens, width), control (B, 3, R, R)."""
@@ -115,6 +115,6 @@ class S2ITask(nn.Module):
                 batch["text"],
                 batch["noise"],
                 batch["timesteps"],
-                self.min_snr_gamma,
+                self.weighting,
             )
         return losses.mean()

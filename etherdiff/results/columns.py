@@ -1,0 +1,64 @@
+"""What the columns of a table or the panels of a figure can be: scores and facts, by name."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from etherdiff.eval.metrics import CONTROL_METRICS, HELD_OUT, METRICS
+from etherdiff.report.scores import NAMES
+from etherdiff.results.facts import FACTS
+from etherdiff.results.runs import Run
+
+SUBJECT_COLUMNS = ("trainable_parameters", "dino", "dino_held_out", "clip_i", "clip_t", "lpips_to_real")
+"""Of the paper's Table 2; and the score that does not reward copying."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One quantity."""
+
+    name: str
+    label: str
+    is_score: bool
+    higher_is_better: bool | None
+    """None for what is neither good nor bad."""
+    unit: float = 1
+    """What people read it in."""
+
+
+def column(name: str) -> Column:
+    """The quantity of a name that `column_problems` has nothing against."""
+    if name in FACTS:
+        return Column(name, FACTS[name].label, False, None, FACTS[name].unit)
+    base = name.removesuffix(HELD_OUT)
+    label = NAMES.get(base, base.replace("_", " ")) + (", held-out images" if name != base else "")
+    return Column(name, label, True, METRICS[base].higher_is_better)
+
+
+def is_score(name: str) -> bool:
+    """Whether a name is that of a score, against held-out images or not."""
+    return name.removesuffix(HELD_OUT) in METRICS
+
+
+def column_problems(names: Sequence[str], option: str) -> list[str]:
+    """What is wrong with the names given with an option, a sentence each."""
+    known = [*METRICS, *FACTS]
+    found = []
+    for name in names:
+        if not is_score(name) and name not in FACTS:
+            close = difflib.get_close_matches(name.replace("-", "_"), [*known, *(f"{one}{HELD_OUT}" for one in METRICS)], n=1)
+            hint = f"; did you mean {close[0]}?" if close else f" (there are: {', '.join(known)}, and scores with {HELD_OUT})"
+            found.append(f"--{option} {name}: there is no such score or fact{hint}")
+    if len(set(names)) < len(names):
+        found.append(f"--{option}: {', '.join(names)} names a column twice")
+    return found
+
+
+def usual_columns(runs: Sequence[Run]) -> list[str]:
+    """The paper's columns for the runs' task: those of its scores that any run has."""
+    signals = dict.fromkeys(str(getattr(run.config, "signal", "")) for run in runs)
+    if runs[0].task == "s2i":
+        wanted = ["trainable_parameters", *(name for signal in signals for name in CONTROL_METRICS.get(signal, ()))]
+    else:
+        wanted = list(SUBJECT_COLUMNS)
+    return [name for name in dict.fromkeys(wanted) if name in FACTS or any(name in run.scores for run in runs)]

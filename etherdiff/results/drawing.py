@@ -1,0 +1,226 @@
+"""A figure as a PNG or SVG file, by matplotlib: a panel for each quantity, lines with error bars, one legend below.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart, and every line has a marker of its own besides. A method has
+the same colour in every figure. Equal figures are equal bytes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from etherdiff.errors import UserError
+from etherdiff.files import flush
+from etherdiff.leftovers import aside
+from etherdiff.results.curves import STEP, Figure, Line, Panel
+from etherdiff.results.keys import METHOD_ORDER
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Values = tuple[str, ...]
+
+FORMATS = (".png", ".svg")
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
+    *("#000000", "#E69F00", "#56B4E9", "#009E73", "#C9B400", "#0072B2", "#D55E00", "#CC79A7"),
+)
+GREY = "#7A7A7A"
+DIVERGED, PAPER = "_diverged", "_paper"
+"""Labels that no legend shows by itself."""
+METHOD_STYLES = {
+    "none": (GREY, "H"),
+    "full": (BLACK, "s"),
+    "lora": (ORANGE, "D"),
+    "vera": (YELLOW, "p"),
+    "boft": (SKY, "h"),
+    "hra": (YELLOW, "*"),
+    "oft": (SKY, "^"),
+    "oft+magnitude": (SKY, "v"),
+    "naive": (PURPLE, "P"),
+    "ether": (GREEN, "o"),
+    "ether+one-sided": (BLUE, "<"),
+    "ether+": (VERMILION, "o"),
+}
+"""Colour and marker."""
+PAPER_DASHES: Any = (0, (5, 4))
+OTHER_DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)))
+OTHER_COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK, GREY)
+OTHER_MARKERS = ("o", "s", "^", "D", "v", "P", "<", "X", ">", "*")
+PANEL = (4.8, 3.5)
+"""Inches."""
+LEGEND_ROW = 0.24
+MOST_ACROSS = 3
+ENTRIES_ACROSS = 3
+"""Of the legend, below each panel."""
+MANY_POINTS = 25
+"""From here on an interval is a band rather than bars."""
+DECADES_FOR_LOG = 1.5
+SETTINGS: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E8",
+    "svg.hashsalt": "etherdiff",
+    "svg.fonttype": "path",
+}
+
+
+class Style(NamedTuple):
+    """How a line is drawn."""
+
+    colour: str
+    marker: str
+    dashes: Any
+
+
+def check_output(path: Path) -> None:
+    """UserError where a figure cannot be written there."""
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"--output {path}: must end in {' or '.join(FORMATS)}")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--output {path}: there is no folder {path.absolute().parent}")
+
+
+def draw_figure(figure: Figure, output: Path, title: str | None = None) -> None:
+    """Write the figure, whole or not at all."""
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+
+    across = 2 if len(figure.panels) == 4 else min(len(figure.panels), MOST_ACROSS)
+    down = math.ceil(len(figure.panels) / across)
+    styles = _styles([line.values for panel in figure.panels for line in panel.lines])
+    entries = len(styles) + 2  # diverged runs, and the paper's
+    height = PANEL[1] * down + LEGEND_ROW * math.ceil(entries / (ENTRIES_ACROSS * across))
+    with matplotlib.rc_context(SETTINGS):
+        canvas = Canvas(figsize=(PANEL[0] * across, height), layout="constrained")
+        axes = list(canvas.subplots(down, across, squeeze=False).flat)
+        for panel, ax in zip(figure.panels, axes, strict=False):
+            _draw_panel(ax, figure, panel, styles)
+        for ax in axes[len(figure.panels) :]:
+            ax.set_visible(False)
+        _draw_legend(canvas, axes[: len(figure.panels)], across)
+        if title:
+            canvas.suptitle(title, parse_math=False, fontsize=12)
+        _write(canvas, output)
+
+
+def _write(canvas: Any, output: Path) -> None:
+    is_svg = output.suffix.lower() == ".svg"
+    unfinished = aside(output)
+    try:
+        facts = {"Date": None} if is_svg else {"Software": None}
+        canvas.savefig(unfinished, format="svg" if is_svg else "png", dpi=150, metadata=facts, facecolor="white")
+        flush(unfinished)
+        unfinished.replace(output)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _styles(lines: Sequence[Values]) -> dict[Values, Style]:
+    """Of each line. The first key has the colour (a method its own), the others together have marker and dashes."""
+    firsts = list(dict.fromkeys(first for first, *_ in lines))
+    rests = list(dict.fromkeys(tuple(rest) for _, *rest in lines))
+    own = all(first in METHOD_ORDER for first in firsts)
+    found = {}
+    for first, *rest in lines:
+        place, other = firsts.index(first), rests.index(tuple(rest))
+        colour, marker = METHOD_STYLES[first] if own else (_nth(OTHER_COLOURS, place), _nth(OTHER_MARKERS, place))
+        found[(first, *rest)] = Style(colour, _nth(OTHER_MARKERS, other) if rest else marker, _nth(OTHER_DASHES, other))
+    return found
+
+
+def _nth(choices: Sequence[Any], place: int) -> Any:
+    return choices[place % len(choices)]
+
+
+def _draw_panel(ax: "Axes", figure: Figure, panel: Panel, styles: Mapping[Values, Style]) -> None:
+    for line in panel.lines:
+        _draw_line(ax, line, styles[line.values], panel.column.unit)
+    _scale(ax, figure, panel)
+    _mark_diverged(ax, panel, styles)
+    arrow = {True: " (higher is better)", False: " (lower is better)", None: ""}[panel.column.higher_is_better]
+    ax.set_title(panel.column.label + arrow, loc="left", fontsize=10, parse_math=False)
+    ax.set_xlabel(figure.x.replace("_", " "))
+
+
+def _mark_diverged(ax: "Axes", panel: Panel, styles: Mapping[Values, Style]) -> None:
+    """A cross at the panel's foot for each line and x at which runs diverged, one above another: there is no number to draw."""
+    stacked: dict[float, int] = {}
+    for line in panel.lines:
+        for x in line.diverged:
+            height = 0.03 + 0.05 * stacked.get(x, 0)
+            stacked[x] = stacked.get(x, 0) + 1
+            ax.plot(
+                x,
+                height,
+                linestyle="none",
+                marker="X",
+                markersize=8,
+                color=styles[line.values].colour,
+                markeredgecolor="white",
+                transform=ax.get_xaxis_transform(),
+                zorder=5,
+                label=DIVERGED,
+            )
+    if stacked and ax.get_yscale() == "linear":  # room below the lines
+        low, high = ax.get_ylim()
+        ax.set_ylim(low - 0.05 * max(stacked.values()) * (high - low), high)
+
+
+def _draw_line(ax: "Axes", line: Line, style: Style, unit: float) -> None:
+    """Bars where there are few points, a band where there are many."""
+    known = [
+        (x, cell.low / unit, cell.high / unit) for x, cell in line.points if cell.low is not None and cell.high is not None
+    ]
+    if len(line.points) >= MANY_POINTS:
+        shape: dict[str, Any] = {"linewidth": 1.4}
+        if known:
+            xs, lows, highs = zip(*known, strict=True)
+            ax.fill_between(xs, lows, highs, color=style.colour, alpha=0.15, linewidth=0)
+    else:
+        shape = {"marker": style.marker, "markersize": 5.5, "linewidth": 1.5}
+        for x, low, high in known:
+            ax.plot([x, x], [low, high], color=style.colour, marker="_", markersize=6, linewidth=0.9)
+    at, means = [x for x, _ in line.points], [cell.mean / unit for _, cell in line.points]
+    ax.plot(at, means, color=style.colour, linestyle=style.dashes, label=line.name, **shape)
+    if line.paper is not None:
+        ax.axhline(line.paper.value, color=style.colour, linestyle=PAPER_DASHES, linewidth=1, label=PAPER)
+
+
+def _scale(ax: "Axes", figure: Figure, panel: Panel) -> None:
+    at = sorted({x for line in panel.lines for x in [*line.diverged, *(x for x, _ in line.points)]})
+    if figure.x != STEP and _spans_decades(at):
+        ax.set_xscale("log")
+    elif figure.x != STEP and len(at) <= 10:
+        ax.set_xticks(at, [f"{x:g}" for x in at])
+    values = [cell.mean for line in panel.lines for _, cell in line.points]
+    if not panel.column.is_score and _spans_decades(values):
+        ax.set_yscale("log")
+
+
+def _spans_decades(values: Sequence[float]) -> bool:
+    return bool(values) and min(values) > 0 and math.log10(max(values) / min(values)) >= DECADES_FOR_LOG
+
+
+def _draw_legend(canvas: Any, axes: Sequence["Axes"], across: int) -> None:
+    """Below all panels: an entry for each line, and for what else was drawn."""
+    from matplotlib.lines import Line2D
+
+    found: dict[str, Any] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    drawn = {line.get_label() for ax in axes for line in ax.get_lines()}
+    if DIVERGED in drawn:
+        found["diverged"] = Line2D([], [], linestyle="none", marker="X", markersize=8, color=GREY, markeredgecolor="white")
+    if PAPER in drawn:
+        found["in the paper"] = Line2D([], [], linestyle=PAPER_DASHES, linewidth=1, color=GREY)
+    rows = math.ceil(len(found) / (ENTRIES_ACROSS * across))
+    legend = canvas.legend(
+        list(found.values()), list(found), loc="outside lower center", ncols=math.ceil(len(found) / rows), frameon=False
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)

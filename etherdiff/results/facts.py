@@ -1,0 +1,221 @@
+"""What a run folder tells beside its scores: what was trained, what a step costs, how far the weights moved.
+
+What is computed from weights takes seconds, and is kept in RUN/facts.json with the hashes of what it was computed from. A
+distance or an energy is a mean over the layers that the run's `targets` name, so that full fine-tuning is looked at where
+adapters are.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from etherdiff import __version__
+from etherdiff.adapters.drift import adapter_drift, full_drift
+from etherdiff.adapters.energy import energy_difference
+from etherdiff.adapters.io import FULL, MAGNITUDE, WEIGHTS, load_adapter, load_adapters, merge_adapter, read_adapter
+from etherdiff.adapters.methods import TARGETS, MethodOptions
+from etherdiff.config import TrainConfig
+from etherdiff.errors import UserError
+from etherdiff.files import file_hash, write_text
+from etherdiff.inspection import training_estimate
+from etherdiff.models import find_base, fingerprint, load_base
+from etherdiff.results.runs import Run
+from etherdiff.runfolder import manifest_of
+from etherdiff.train.plan import method_options
+
+SHARED_PROJECTIONS = ("vera_A", "vera_B")
+"""Saved with the adapter, but drawn at random and not trained."""
+KEPT = "facts.json"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One number about a run."""
+
+    label: str
+    of: Callable[[Run], float | None]
+    """None where the method has no such thing; UserError where it cannot be known, and why."""
+    keep: bool = True
+    """Whether it takes long enough to be kept."""
+    exact: bool = False
+    """Whether it is counted rather than measured."""
+    unit: float = 1
+    """What people read it in; CSV has it as it is."""
+
+
+def fact(run: Run, name: str) -> float | None:
+    """A number of `FACTS`; None where the method has no such thing. UserError, with the reason, where it is not known."""
+    entry = FACTS[name]
+    if not entry.keep:
+        return entry.of(run)
+    path, of = run.folder.path / KEPT, _computed_from(run)
+    kept = _read_kept(path, of)
+    if name not in kept:
+        kept[name] = entry.of(run)
+        with suppress(OSError):  # a run folder that is only to be read: the next table computes it again
+            write_text(path, json.dumps({"of": of, "values": kept}, indent=2) + "\n")
+    return kept[name]
+
+
+def _read_kept(path: Path, of: Mapping[str, Any]) -> dict[str, float | None]:
+    """What was computed from the same files before; empty for anything else that the file may hold."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return dict(content["values"]) if content["of"] == of else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _computed_from(run: Run) -> dict[str, Any]:
+    """Hashes of all that a kept number depends on."""
+    hashes = {folder.name: _result_hash(folder) for folder in run.folder.adapters}
+    return {"etherdiff": __version__, "run.yaml": file_hash(run.folder.settings), "results": hashes}
+
+
+def _result_hash(folder: Path) -> str:
+    """By the manifest, which holds the files' hashes; by the weights themselves where there is none."""
+    manifest = manifest_of(folder)
+    return file_hash(manifest if manifest.is_file() else folder / WEIGHTS)
+
+
+# --- Counted ---------------------------------------------------------------------------------------------------------
+
+
+def _trainable_parameters(run: Run) -> float:
+    """Trained numbers of the adapters (of a re-fitted run: both); the control encoder is not counted, as in the paper."""
+    if not run.folder.adapters and run.config.method != "none":
+        raise UserError("it has no adapter")
+    return float(sum(_numbers(read_adapter(folder).folder / WEIGHTS) for folder in run.folder.adapters))
+
+
+def _numbers(path: Path) -> int:
+    try:
+        with safe_open(path, "pt") as file:
+            trained = [name for name in file.keys() if name.split(".")[-1] not in SHARED_PROJECTIONS]  # noqa: SIM118  no mapping
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in trained)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is truncated or damaged ({error})") from error
+
+
+def _step_flops(run: Run) -> float | None:
+    """Of the UNet in one optimizer step, forward and backward, counted by torch on the architecture (see `inspection`)."""
+    config = _trained(run)
+    if config.method == "none":
+        return None
+    is_refitted = run.folder.refitted_adapter.is_dir()
+    options = MethodOptions(TARGETS[config.targets]) if is_refitted else method_options(config)
+    images = config.batch_size * (2 if getattr(config, "prior_preservation", False) else 1)
+    resolution = getattr(config, "resolution", None)
+    method = "magnitude" if is_refitted else config.method
+    flops = _pass_flops(config.base, config.prediction_type, method, options, resolution, images)
+    return None if flops is None else flops * config.gradient_accumulation
+
+
+def _trained(run: Run) -> TrainConfig:
+    if not isinstance(run.config, TrainConfig):
+        raise UserError("it was not trained")
+    return run.config
+
+
+@lru_cache
+def _pass_flops(
+    base: str, prediction_type: str | None, method: str, options: MethodOptions, resolution: int | None, images: int
+) -> float | None:
+    found = find_base(base, prediction_type, "configs")
+    estimate = training_estimate(found, method, options, resolution=resolution or found.resolution, batch_size=images)
+    return estimate["step_flops"]
+
+
+def _seconds_per_step(run: Run) -> float:
+    """Of the last session's training, with what it evaluated and drew on the way; other programs slow it down."""
+    config = _trained(run)
+    try:
+        cost = json.loads(run.folder.cost.read_text(encoding="utf-8"))
+        images = config.batch_size * config.gradient_accumulation * cost["processes"]
+        return float(images / cost["images_per_second"])
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"cost.json cannot be read ({error!r})") from error
+
+
+# --- Measured on the weights -----------------------------------------------------------------------------------------
+
+
+def _transformation_distance(run: Run) -> float | None:
+    """Mean of ‖T − I‖_F over the layers' sides that are multiplied; None for methods that add."""
+    if len(run.folder.adapters) != 1 or read_adapter(run.folder.adapter).peft_type in (FULL, MAGNITUDE):
+        return None
+    drift = adapter_drift(load_adapter(_base_unet(run), run.folder.adapter)).values()
+    sides = [side for layer in drift for side in (layer.input_side, layer.output_side) if side is not None]
+    return _mean(sides) if sides else None
+
+
+def _weight_distance(run: Run) -> float:
+    """Mean of ‖W′ − W‖_F over the layers."""
+    before, after = _weights(run)
+    return _mean([layer.weight for layer in full_drift(before, after).values()])
+
+
+def _energy_difference(run: Run, half_space: bool) -> float:
+    before, after = _weights(run)
+    return energy_difference(before, after, half_space)
+
+
+def _weights(run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The targeted layers' weights (out, in) in the base and in what the run made of it."""
+    unet = _base_unet(run)
+    targets = TARGETS[run.config.targets]
+    before = {name: weight.clone() for name, weight in _targeted(unet, targets).items()}
+    adapted = load_adapters(unet, [(folder, 1.0) for folder in run.folder.adapters])
+    return before, _targeted(merge_adapter(adapted), targets)
+
+
+def _targeted(unet: nn.Module, endings: tuple[str, ...]) -> dict[str, Tensor]:
+    dotted = tuple(f".{ending}" for ending in endings)
+    linear = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
+    return {f"{name}.weight": layer.weight.detach() for name, layer in linear.items() if f".{name}".endswith(dotted)}
+
+
+def _base_unet(run: Run) -> Any:
+    """The base's UNet as the run found it; nothing is downloaded. UserError where it is not there any more."""
+    if not run.folder.adapters and run.config.method != "none":
+        raise UserError("it has no adapter")
+    recorded = run.provenance.get("base")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    place = str(recorded.get("path"))
+    name = place if Path(place).is_absolute() and Path(place).exists() else run.config.base
+    if name != "tiny" and not Path(name).exists():
+        raise UserError("its base is no longer where the run found it")
+    base = find_base(name, run.config.prediction_type)
+    before, now = recorded.get("fingerprint", {}), fingerprint(base)
+    if any(now.get(part) != sha256 for part, sha256 in before.items()):
+        raise UserError("its base holds other weights now")
+    return load_base(base).unet
+
+
+def _mean(values: list[float]) -> float:
+    mean = sum(values) / len(values)
+    if not math.isfinite(mean):
+        raise UserError("the adapter holds NaN or infinity")
+    return mean
+
+
+FACTS: dict[str, Fact] = {
+    "trainable_parameters": Fact("trainable parameters", _trainable_parameters, keep=False, exact=True),
+    "step_flops": Fact("GFLOP per step", _step_flops, exact=True, unit=1e9),
+    "seconds_per_step": Fact("seconds per step", _seconds_per_step, keep=False),
+    "transformation_distance": Fact("transformation distance ‖T − I‖", _transformation_distance),
+    "weight_distance": Fact("weight distance ‖W′ − W‖", _weight_distance),
+    "energy_difference": Fact("hyperspherical energy, relative change", lambda run: _energy_difference(run, False)),
+    "energy_difference_half_space": Fact(
+        "half-space hyperspherical energy, relative change", lambda run: _energy_difference(run, True)
+    ),
+}
+"""By the name of its column."""

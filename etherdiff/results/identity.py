@@ -1,0 +1,95 @@
+"""Whether scores of many runs may be averaged and stand beside each other: the rules of `compare` and of `eval.combine`.
+
+Scores of one subject must have been computed alike in everything, as in `compare`; scores of different subjects in everything
+but the subjects' own images and prompts, as in `combine_subjects`. Other libraries' versions are only told.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from etherdiff.errors import UserError
+from etherdiff.eval.results import named_differences
+from etherdiff.results.runs import Run
+
+VERSIONS = "versions"
+OWN = (VERSIONS, "sha256", "n", "seeds")
+"""What each subject has its own of, as in `eval.combine`."""
+
+
+@dataclass
+class Checked:
+    """What was found of scores that were to be computed alike."""
+
+    otherwise: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    """Folder of a run, score -> how it was computed otherwise than the first run's."""
+    rounding: list[str] = field(default_factory=list)
+    """Libraries whose versions differ, a sentence each."""
+
+    def is_otherwise(self, runs: Sequence[Run], score: str) -> bool:
+        """Whether one of the runs' scores was computed otherwise."""
+        return any((str(run.folder.path), score) in self.otherwise for run in runs)
+
+    def sentences(self) -> list[str]:
+        """What differs, with the runs and the scores that it concerns."""
+        found: dict[str, dict[str, list[str]]] = {}
+        for (run, score), differences in self.otherwise.items():
+            for difference in differences:
+                found.setdefault(difference, {}).setdefault(score, []).append(run)
+        return [
+            f"{_some(list(dict.fromkeys(run for runs in scores.values() for run in runs)))} "
+            f"not scored as the first run was: {difference} ({', '.join(scores)})"
+            for difference, scores in found.items()
+        ]
+
+
+def check_identities(runs: Sequence[Run], scores: Sequence[str], anyway: bool) -> Checked:
+    """Hold every run's scores against the first's. UserError where they differ, unless `anyway`."""
+    checked = Checked()
+    for score in scores:
+        with_it = [run for run in runs if score in run.scores]
+        first: dict[str, Run] = {}
+        for run in with_it:
+            own = first.setdefault(run.subject, run)
+            found = _differences(own, run, score, (VERSIONS,)) or _differences(with_it[0], run, score, OWN)
+            if found:
+                checked.otherwise[str(run.folder.path), score] = found
+            for text in _rounding(with_it[0].scores[score]["identity"], run.scores[score]["identity"]):
+                if text not in checked.rounding:
+                    checked.rounding.append(text)
+    if checked.otherwise and not anyway:
+        advice = "score them alike (etherdiff eval), or pass --anyway to see them together, marked"
+        raise UserError([*checked.sentences(), advice])
+    return checked
+
+
+def _differences(one: Run, other: Run, score: str, ignored: Sequence[str]) -> list[str]:
+    return named_differences(_identity(one.scores[score]), _identity(other.scores[score]), ignored)
+
+
+def _identity(score: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be equal; etherdiff's own version too, whose code the scores are."""
+    own = score["identity"].get(VERSIONS, {}).get("etherdiff")
+    return {**score["identity"], "etherdiff": own, "n": score["n"]}
+
+
+def _rounding(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    before = dict(_versions(one))
+    return [
+        f"{name} {version} and {before[name]}, which may change the last digits"
+        for name, version in _versions(other)
+        if name in before and version != before[name]
+    ]
+
+
+def _versions(identity: Any) -> list[tuple[str, str]]:
+    """Every library's version that an identity tells, at any depth."""
+    found: list[tuple[str, str]] = []
+    for key, value in identity.items() if isinstance(identity, Mapping) else ():
+        found += [(n, v) for n, v in value.items() if n != "etherdiff"] if key == VERSIONS else _versions(value)
+    return found
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    told = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return f"{told} {'was' if len(names) == 1 else 'were'}"

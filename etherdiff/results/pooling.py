@@ -1,0 +1,138 @@
+"""From the runs of one row to one number with an interval, and what the interval speaks of.
+
+- Several subjects: pooled over them by `eval.combine`, the seeds of each averaged first; subjects are drawn again (prompts,
+  where subjects are too few). The interval speaks of other subjects.
+- One subject or dataset, several seeds: their mean, with the t interval over seeds. It speaks of other seeds.
+- One run: its own interval, which speaks of other prompts or images.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from etherdiff.eval.combine import combine_subjects
+from etherdiff.eval.intervals import FEWEST_PROMPTS, LEVEL, Interval, bootstrap_mean
+from etherdiff.eval.metrics import HELD_OUT, METRICS
+from etherdiff.results.runs import Run
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of a row."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    """The interval of 95%; None where there is none."""
+    over: str
+    """What the interval is over, counted: "6 subjects", "3 seeds"; empty without one."""
+    values: dict[str, float]
+    """Run -> its own number."""
+    differs: bool = False
+    """Whether some of it was computed otherwise than the rest of the table."""
+
+
+def pool_scores(runs: Sequence[Run], name: str) -> Cell | None:
+    """A score of the runs that have it; None where none has, or where it cannot be averaged (FID over subjects).
+
+    The runs may differ in subject and seed only.
+    """
+    of_subjects = _by_subject([run for run in runs if name in run.scores])
+    values = {run.name: float(run.scores[name]["mean"]) for of in of_subjects.values() for run in of}
+    if not values:
+        return None
+    if len(of_subjects) == 1:
+        (of,) = of_subjects.values()
+        if len(of) > 1:
+            return _over_seeds(list(values.values()), values)
+        one = of[0].scores[name]
+        return Cell(one["mean"], one["low"], one["high"], _own_unit(one), values)
+    if METRICS[name.removesuffix(HELD_OUT)].compares == "sets":
+        return None
+    first = next(iter(of_subjects.values()))[0]
+    results = {subject: _averaged(of, name, first.scores[name]["identity"]) for subject, of in of_subjects.items()}
+    pooled = combine_subjects(results)["scores"][name]
+    unit = pooled["interval"]["over"]
+    count = len(results) if unit == "subjects" else sum(len(one["per_prompt"]) for one in results.values())
+    return Cell(pooled["mean"], pooled["low"], pooled["high"], _counted(count, unit, pooled["low"]), values)
+
+
+def pool_numbers(numbers: Mapping[str, tuple[str, float]]) -> Cell | None:
+    """Numbers that have no interval of their own: run -> subject, number. None of none.
+
+    Over subjects, each the mean of its seeds; else over seeds. No interval where all are equal, or subjects are too few.
+    """
+    values = {run: number for run, (_, number) in numbers.items()}
+    if not values:
+        return None
+    of_subjects: dict[str, list[float]] = {}
+    for subject, number in numbers.values():
+        of_subjects.setdefault(subject, []).append(number)
+    means = [math.fsum(of) / len(of) for of in of_subjects.values()]
+    if len(set(values.values())) == 1:
+        return Cell(means[0], None, None, "", values)
+    if len(means) == 1:
+        return _over_seeds(list(values.values()), values)
+    drawn = bootstrap_mean(means, [1] * len(means)) if len(means) >= FEWEST_PROMPTS else None
+    low, high = drawn or (None, None)
+    return Cell(math.fsum(means) / len(means), low, high, _counted(len(means), "subjects", low), values)
+
+
+def t_interval(values: Sequence[float]) -> Interval | None:
+    """mean ± t · s / √n of independent values, t with n - 1 degrees of freedom; None for fewer than two."""
+    from scipy import stats
+
+    count = len(values)
+    if count < 2:
+        return None
+    mean = math.fsum(values) / count
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * math.sqrt(variance / count)
+    return mean - reach, mean + reach
+
+
+def _over_seeds(numbers: Sequence[float], values: dict[str, float]) -> Cell:
+    low, high = t_interval(numbers) or (None, None)
+    return Cell(math.fsum(numbers) / len(numbers), low, high, _counted(len(numbers), "seeds", low), values)
+
+
+def _by_subject(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.subject, []).append(run)
+    return found
+
+
+def _averaged(runs: Sequence[Run], name: str, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """A subject's runs as one result for `combine_subjects`: means over its seeds, of the subject and of each prompt.
+
+    identity: that of the row's first run. Whether the others are alike is asked elsewhere, where the answer may be overruled.
+    """
+    scores = [run.scores[name] for run in runs]
+    prompts: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        for prompt in (run.result or {}).get("per_prompt", []):
+            if one := prompt["scores"].get(name):
+                prompts.setdefault(prompt["prompt"], []).append(one)
+    return {
+        "scores": {name: {**_mean_of(scores), "n": sum(one["n"] for one in scores), "identity": identity}},
+        "per_prompt": [{"scores": {name: _mean_of(of)}} for of in prompts.values()],
+        "left_out": {},
+    }
+
+
+def _mean_of(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    count = len(scores)
+    return {key: math.fsum(one[key] for one in scores) / count for key in ("mean", "pairs")}
+
+
+def _own_unit(score: Mapping[str, Any]) -> str:
+    """What a run's own interval is over; how many images, where it is images."""
+    unit = str(dict(score.get("interval") or {}).get("over", ""))
+    count = {"images": score["n"], "prompts": dict(score["identity"].get("prompts") or {}).get("n")}.get(unit)
+    return "" if score["low"] is None else unit if count is None else f"{count} {unit}"
+
+
+def _counted(count: int, unit: str, low: float | None) -> str:
+    return "" if low is None else f"{count} {unit}"

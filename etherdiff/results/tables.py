@@ -1,0 +1,345 @@
+"""`etherdiff table`: rows of runs, columns of scores and facts, the paper's numbers beside, and what a reader has to know."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from etherdiff.errors import UserError
+from etherdiff.eval.metrics import METRICS
+from etherdiff.results.columns import Column, column, column_problems, is_score, usual_columns
+from etherdiff.results.facts import FACTS, fact
+from etherdiff.results.identity import Checked, check_identities
+from etherdiff.results.keys import Value, check_keys, group, refuse_mixtures, shown, value_of
+from etherdiff.results.paper import PaperValue, paper_of, paper_of_real_images, paper_scope
+from etherdiff.results.plateau import SHARE, Plateau, find_plateau
+from etherdiff.results.pooling import Cell, pool_numbers, pool_scores
+from etherdiff.results.runs import Collection, LeftOut, Run, collect
+from etherdiff.ui import track
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """What a table shows."""
+
+    rows: tuple[str, ...] = ("method",)
+    columns: tuple[str, ...] | None = None
+    """None: the paper's, for the runs' task."""
+    best: str | None = None
+    """A key of which each row shows its best value's runs, and how wide the good values are."""
+    paper: bool = True
+    anyway: bool = False
+    """Whether scores that were computed otherwise may stand in the table, marked."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that are averaged."""
+
+    values: tuple[Value, ...]
+    """Of the rows' keys."""
+    runs: list[Run]
+    cells: dict[str, Cell]
+    """Column -> number; without those that are not known."""
+    paper: dict[str, PaperValue] = field(default_factory=dict)
+    left_out: int = 0
+    """Runs of the same values that could not be read."""
+    best: Value = None
+    """Where the best value of a key is looked for: that value."""
+    plateau: Plateau | None = None
+    """None where it cannot be said."""
+    beside: str = ""
+    """What it is instead of a row of runs: real images, or the base."""
+
+    @property
+    def over(self) -> str:
+        """What the intervals of its scores are over."""
+        return "; ".join(dict.fromkeys(cell.over for name, cell in self.cells.items() if is_score(name) and cell.over))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Everything that the formats write."""
+
+    keys: tuple[str, ...]
+    columns: list[Column]
+    rows: list[Row]
+    remarks: list[str]
+    left_out: list[LeftOut]
+    best: str | None = None
+    shows_paper: frozenset[str] = frozenset()
+    """Columns that the paper's numbers stand beside."""
+
+    def is_best(self, row: Row, name: str) -> bool:
+        """Whether no run's row has a better score in the column."""
+        higher = column(name).higher_is_better
+        if row.beside or name not in row.cells or higher is None:
+            return False
+        means = [other.cells[name].mean for other in self.rows if not other.beside and name in other.cells]
+        return len(means) > 1 and row.cells[name].mean == (max if higher else min)(means)
+
+
+def make_table(paths: Sequence[Path], options: TableOptions) -> Table:
+    """Read the runs and average those of each row. UserError with everything that is wrong, before anything is computed."""
+    named = options.columns
+    problems = column_problems(named, "columns") if named is not None else []
+    if named is not None and not named:
+        problems.append("--columns: name at least one")
+    if problems:
+        raise UserError(problems)
+    collection = collect(paths, scored=named is None or any(is_score(name) for name in named))
+    runs = collection.runs
+    _refuse_keys(collection, options)
+    names = list(named) if named is not None else usual_columns(runs)
+    scores = [name for name in names if is_score(name)]
+    checked = check_identities(runs, scores, options.anyway)
+    if options.best is not None and not scores:
+        raise UserError("--best: needs a score among --columns to choose by")
+    groups = group(runs, options.rows)
+    averaged = (*options.rows, *([options.best] if options.best else []))
+    refuse_mixtures(group(runs, averaged), averaged, "rows")
+    numbers = Numbers(checked)
+    numbers.compute_facts(runs, names)
+    if options.best is None:
+        rows = [_row(values, of, names, numbers, collection, options) for values, of in groups.items()]
+    else:
+        rows = [_best_row(values, of, names, scores[0], numbers, collection, options) for values, of in groups.items()]
+    shows_paper = frozenset(name for row in rows for name in row.paper)
+    rows = [*_beside(runs, names, numbers, options, shows_paper), *rows]
+    remarks = [*_remarks(rows, scores, options, runs), *numbers.remarks()]
+    columns = [column(name) for name in names]
+    return Table(options.rows, columns, rows, remarks, collection.left_out, options.best, shows_paper)
+
+
+def _refuse_keys(collection: Collection, options: TableOptions) -> None:
+    """UserError where rows or `best` are no keys of these runs, or these are of several tasks."""
+    runs = collection.runs
+    problems = check_keys(options.rows, runs, "rows")
+    if not options.rows:
+        problems.append("--rows: name at least one key")
+    if options.best is not None:
+        problems += check_keys((options.best,), runs, "best")
+        if options.best in options.rows:
+            problems.append(f"--best {options.best}: it is what a row is made of already (--rows)")
+        if not problems:
+            problems += setting_problems(options.best, runs)
+    if len(tasks := {run.task: run for run in runs}) > 1:
+        told = " and ".join(f"{run.folder.path} ({task})" for task, run in tasks.items())
+        problems.append(f"a table is of one task, but there are {told}: give the folders of one of them")
+    if problems:
+        raise UserError(problems)
+
+
+def setting_problems(key: str, runs: Sequence[Run]) -> list[str]:
+    """What keeps a key from being one of which decades can be counted."""
+    wrong = [shown(value) for run in runs if not _is_positive(value := value_of(run, key))]
+    return [f"--best {key}: needs numbers above 0, not {wrong[0]}"] if wrong else []
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+class Numbers:
+    """Cells of runs, and what is to be said of the numbers that are missing."""
+
+    def __init__(self, checked: Checked) -> None:
+        self.checked = checked
+        self.missing: dict[str, list[str]] = {}
+        self._facts: dict[tuple[Path, str], float | None] = {}
+
+    def compute_facts(self, runs: Sequence[Run], names: Sequence[str]) -> None:
+        """Every fact of every run, with a progress bar where that takes long."""
+        slow = [name for name in names if name in FACTS and FACTS[name].keep]
+        for run in track(runs, ", ".join(slow).replace("_", " ")) if slow else ():
+            for name in slow:
+                self._fact(run, name)
+
+    def cell(self, runs: Sequence[Run], name: str) -> Cell | None:
+        """A column's number for runs that are averaged."""
+        if name in FACTS:
+            return pool_numbers(
+                {run.name: (run.subject, value) for run in runs if (value := self._fact(run, name)) is not None}
+            )
+        for run in runs:
+            if name not in run.scores:
+                why = dict((run.result or {}).get("not_scored") or {}).get(name, "not asked for when it was scored")
+                self._miss(name, f"{run.name} ({why})")
+        cell = pool_scores(runs, name)
+        if cell is None and any(name in run.scores for run in runs):
+            self._miss(name, "a score of sets is not pooled over subjects")
+        return cell and replace(cell, differs=self.checked.is_otherwise(runs, name))
+
+    def _fact(self, run: Run, name: str) -> float | None:
+        known = (run.folder.path, name)
+        if known not in self._facts:
+            try:
+                self._facts[known] = fact(run, name)
+            except UserError as error:
+                self._facts[known] = None
+                self._miss(name, f"{run.name} ({error})")
+        return self._facts[known]
+
+    def _miss(self, name: str, whose: str) -> None:
+        told = self.missing.setdefault(name, [])
+        if whose not in told:
+            told.append(whose)
+
+    def remarks(self) -> list[str]:
+        """A sentence for each column in which numbers are missing, and for what was computed otherwise."""
+        missing = [f"no {name}: {'; '.join(of)}" for name, of in self.missing.items()]
+        return [*missing, *(f"* {text}" for text in self.checked.sentences()), *self.checked.rounding]
+
+
+# --- Rows ------------------------------------------------------------------------------------------------------------
+
+
+def _row(
+    values: tuple[Value, ...],
+    runs: list[Run],
+    names: Sequence[str],
+    numbers: Numbers,
+    collection: Collection,
+    options: TableOptions,
+    best: tuple[Value, Plateau | None] = (None, None),
+) -> Row:
+    cells = {name: cell for name in names if (cell := numbers.cell(runs, name)) is not None}
+    paper = {name: value for name in names if options.paper and (value := paper_of(runs, name)) is not None}
+    return Row(values, runs, cells, paper, len(lost_of(collection, options.rows, values)), *best)
+
+
+def lost_of(collection: Collection, keys: Sequence[str], values: tuple[Value, ...]) -> list[LeftOut]:
+    """The runs left out that have these values."""
+    known = [one for one in collection.left_out if one.run is not None]
+    return [one for one in known if one.run and tuple(value_of(one.run, key) for key in keys) == values]
+
+
+def _best_row(
+    values: tuple[Value, ...],
+    runs: list[Run],
+    names: Sequence[str],
+    score: str,
+    numbers: Numbers,
+    collection: Collection,
+    options: TableOptions,
+) -> Row:
+    """The runs of the setting with the best score; a setting at which a run diverged counts as failed."""
+    assert options.best is not None
+    by_setting = {setting: of for (setting,), of in group(runs, (options.best,)).items()}
+    lost = lost_of(collection, options.rows, values)
+    failed = {value_of(one.run, options.best) for one in lost if one.diverged and one.run}
+    pooled = {setting: pool_scores(of, score) for setting, of in by_setting.items()}
+    found = {setting: cell.mean for setting, cell in pooled.items() if cell is not None and setting not in failed}
+    points = [(float(setting), found.get(setting)) for setting in sorted({*pooled, *filter(_is_positive, failed)})]
+    higher = bool(column(score).higher_is_better)
+    best = (max if higher else min)(found, key=lambda setting: found[setting], default=None)
+    if best is None:  # every setting has failed
+        return Row(values, runs, {}, left_out=len(lost))
+    return _row(values, by_setting[best], names, numbers, collection, options, (best, find_plateau(points, higher)))
+
+
+def _beside(
+    runs: Sequence[Run], names: Sequence[str], numbers: Numbers, options: TableOptions, shows_paper: frozenset[str]
+) -> list[Row]:
+    """Rows of what the runs were judged beside: real images, and the base. Of each subject its first run tells."""
+    if "subject" in options.rows:
+        return []
+    firsts = list({run.subject: run for run in reversed(runs)}.values())[::-1]
+    real = [_with_scores(run, _real_scores(run)) for run in firsts]
+    bases = [_with_scores(run, (run.result or {}).get("base")) for run in firsts]
+    found = []
+    for title, stand_ins in (("real images", real), ("the base", bases)):
+        known = [run for run in stand_ins if run is not None]
+        cells = {name: cell for name in names if name not in FACTS and (cell := _pooled_beside(known, name, title)) is not None}
+        if not cells or len(known) < len(firsts):
+            continue
+        is_real = title == "real images"
+        paper = {name: value for name in shows_paper if is_real and (value := paper_of_real_images(firsts, name))}
+        found.append(Row(("",) * len(options.rows), firsts, cells, paper, beside=title))
+    return found
+
+
+def _pooled_beside(runs: Sequence[Run], name: str, title: str) -> Cell | None:
+    """Scores among real images are kept under names of their own."""
+    entry = METRICS.get(name)
+    return pool_scores(runs, str(entry.baseline) if title == "real images" and entry and entry.baseline else name)
+
+
+def _real_scores(run: Run) -> dict[str, Any] | None:
+    """The scores of real images: of a controllable run those of its maps' own, where they were asked for."""
+    result = run.result or {}
+    if run.task == "s2i":
+        beside = result.get("beside")
+        return beside.get("real_images") if isinstance(beside, dict) else None
+    baselines = {entry.baseline for entry in METRICS.values()}
+    return {**result, "scores": {name: one for name, one in run.scores.items() if name in baselines}}
+
+
+def _with_scores(run: Run, result: Any) -> Run | None:
+    """The run with another's scores in place of its own."""
+    return replace(run, result=dict(result)) if isinstance(result, dict) and result.get("scores") else None
+
+
+# --- What a reader has to know ---------------------------------------------------------------------------------------
+
+
+def _remarks(rows: Sequence[Row], scores: Sequence[str], options: TableOptions, runs: Sequence[Run]) -> list[str]:
+    remarks = [
+        _of_best(options, scores) if options.best else "",
+        _of_intervals([row for row in rows if not row.beside]),
+        _of_subjects([row for row in rows if not row.beside]),
+        _of_paper(rows, runs[0].task),
+    ]
+    return [remark for remark in remarks if remark]
+
+
+def _of_best(options: TableOptions, scores: Sequence[str]) -> str:
+    return (
+        f"of each row, the runs with the best {options.best} by {scores[0]}, chosen on these very scores; decades: the width "
+        f"around it in which {scores[0]} is {SHARE:.0%} of the row's own best or better (straight lines over the logarithm "
+        "between values that were tried; ≥ where it still was at the end of what was tried)"
+    )
+
+
+def _of_intervals(rows: Sequence[Row]) -> str:
+    meanings: dict[str, str] = {
+        "subjects": "over subjects: which are drawn again (bootstrap)",
+        "prompts": "over prompts: drawn again, of these subjects and trained adapters",
+        "images": "over images: drawn again, of these trained adapters",
+        "seeds": "over seeds: t interval of the trainings' scores",
+    }
+    units = dict.fromkeys(unit for row in rows for unit in meanings if row.over.endswith(unit))
+    return f"[intervals] are of 95%, {'; '.join(meanings[unit] for unit in units)}" if units else ""
+
+
+def _of_subjects(rows: Sequence[Row]) -> str:
+    """Rows that do not rest on the same subjects are not quite comparable."""
+    everything = dict.fromkeys(run.subject for row in rows for run in row.runs)
+    lacking = {
+        " ".join(shown(value) for value in row.values): [s for s in everything if s not in {run.subject for run in row.runs}]
+        for row in rows
+    }
+    told = [f"{name} is without {', '.join(subjects)}" for name, subjects in lacking.items() if subjects]
+    are_averaged = any(len({run.subject for run in row.runs}) > 1 for row in rows)
+    return f"rows of different subjects: {'; '.join(told)}" if told and are_averaged else ""
+
+
+def _of_paper(rows: Sequence[Row], task: str) -> str:
+    values = [value for row in rows for value in row.paper.values()]
+    if not values:
+        return ""
+    reasons = list(
+        dict.fromkeys(reason for value in values for reason in value.differs if not reason.startswith("the paper's:"))
+    )
+    apart = f"; † no repetition of it: {'; '.join(reasons)}" if any(value.differs for value in values) else ""
+    return f"the paper's: {paper_scope(task)}{apart}"
+
+
+def described(runs: Sequence[Run]) -> str:
+    """How many runs, and of what: "12 (6 subjects × 2 seeds)"."""
+    subjects = {run.subject for run in runs}
+    seeds = len(runs) // len(subjects)
+    if len(runs) == 1 or len(subjects) == 1:
+        return str(len(runs))
+    times = f" × {seeds} seeds" if seeds > 1 and seeds * len(subjects) == len(runs) else ""
+    return f"{len(runs)} ({len(subjects)} subjects{times})"

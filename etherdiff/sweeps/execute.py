@@ -1,0 +1,181 @@
+"""Doing a unit: its commands in processes of their own, each tried again where it failed by bad luck."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from etherdiff.errors import UserError
+from etherdiff.leftovers import clear_leftovers
+from etherdiff.locks import run_lock
+from etherdiff.sweeps.finished import Stage, stage_of
+from etherdiff.sweeps.states import confirm_scores, expect_scores, write_state
+from etherdiff.sweeps.units import Run, Unit
+
+WRONG_INPUT = 2
+"""The status of a command whose input is wrong: trying again changes nothing."""
+PATIENCE = 60.0
+"""Seconds for a process to save and end after it was told to, and for a run folder to be let go of."""
+LAST_LINES = 12
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What holds for all units of one start of a sweep."""
+
+    retries: int
+    session: str
+    """Of this start, to tell its states from those that an earlier one left."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """On top of what is found where the unit runs."""
+    program: tuple[str, ...] = ()
+    """Instead of this interpreter's etherdiff."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run."""
+
+    run: str
+    error: str | None = None
+    """None: finished. Else the last command's last lines."""
+    attempts: int = 1
+    seconds: float = 0.0
+
+
+class CommandError(Exception):
+    """A command ended with another status than 0."""
+
+    def __init__(self, status: int, message: str) -> None:
+        self.status = status
+        super().__init__(message)
+
+
+class Interrupted(Exception):  # noqa: N818 - nothing is wrong
+    """The sweep is stopping, and so did the command."""
+
+
+def do_unit(unit: Unit, orders: Orders, stopping: Callable[[], bool] = lambda: False, place: str = "") -> list[Outcome]:
+    """Do what is left to do of a unit; an outcome for each of its runs. Raises Interrupted where `stopping` became true.
+
+    place: where this is, for the logs, beside the machine's name.
+    """
+    outcomes: list[Outcome] = []
+    for run in unit.runs:
+        if outcomes and outcomes[-1].error is not None:
+            outcome = Outcome(run.name, f"left out: {outcomes[-1].run}, which it builds on, failed", 0)
+            write_state(run, {"status": "failed", "session": orders.session, "attempts": 0, "error": outcome.error})
+        else:
+            outcome = _Doing(run, unit, orders, stopping, " ".join(filter(None, [socket.gethostname(), place]))).until_done()
+        outcomes.append(outcome)
+    return outcomes
+
+
+class _Doing:
+    """One run being done."""
+
+    def __init__(self, run: Run, unit: Unit, orders: Orders, stopping: Callable[[], bool], place: str) -> None:
+        self.run, self.unit, self.orders, self.stopping, self.place = run, unit, orders, stopping, place
+        self.began = time.time()
+        self.attempts = 0
+
+    def until_done(self) -> Outcome:
+        """Try as often as ordered."""
+        while True:
+            self.attempts += 1
+            try:
+                self._complete()
+            except (CommandError, UserError, OSError) as error:
+                is_wrong = isinstance(error, UserError) or (isinstance(error, CommandError) and error.status == WRONG_INPUT)
+                if is_wrong or self.attempts > self.orders.retries:
+                    write_state(self.run, self._state("failed", error=str(error)))
+                    return self._outcome(str(error))
+            else:
+                confirm_scores(self.run, self._state("done"))
+                return self._outcome(None)
+
+    def _outcome(self, error: str | None) -> Outcome:
+        return Outcome(self.run.name, error, self.attempts, time.time() - self.began)
+
+    def _complete(self) -> None:
+        """From wherever the run is to its end."""
+        self._wait_until_free()
+        stage = stage_of(self.run)
+        if stage < Stage.MADE:
+            write_state(self.run, self._state("training"))
+            if stage is Stage.ABSENT and self.run.folder.is_dir():
+                clear_leftovers(self.run.folder, whoever=True)  # of one that was killed before it wrote its first file
+            self._command(self.run.resume_command() if stage is Stage.BEGUN else self.run.make_command())
+            stage = stage_of(self.run)
+            if stage < Stage.MADE:
+                raise CommandError(1, f"{self.run.folder} is not whole after training")
+        if stage < Stage.FINISHED:
+            expect_scores(self.run, self._state("scoring"))
+            self._command(self.run.score_command())
+
+    def _state(self, status: str, **more: Any) -> dict[str, Any]:
+        common = {"session": self.orders.session, "attempts": self.attempts, "since": time.time(), "place": self.place}
+        return {"status": status, **common, **more}
+
+    def _wait_until_free(self) -> None:
+        """A killed sweep's command may still be saving. UserError where somebody else keeps the folder."""
+        end = time.monotonic() + PATIENCE
+        for folder in (self.run.folder, self.run.eval):
+            while folder.is_dir():
+                try:
+                    with run_lock(folder):
+                        break
+                except UserError:
+                    if time.monotonic() > end:
+                        raise
+                    self._pause(0.2)
+
+    def _pause(self, seconds: float) -> None:
+        if self.stopping():
+            raise Interrupted
+        time.sleep(seconds)
+
+    def _command(self, arguments: list[str]) -> None:
+        """Run etherdiff to its end. CommandError where that is not status 0."""
+        program = self.orders.program or (sys.executable, "-m", "etherdiff")
+        command = [sys.executable, "-m", "etherdiff.sweeps.tied", str(os.getpid()), *program, *arguments]
+        environment = {**os.environ, **self.orders.environment, **self.unit.environment()}
+        self.run.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.run.log.open("ab") as log:
+            log.write(f"--- {self.place}: etherdiff {' '.join(arguments)}\n".encode())
+            log.flush()
+            beginning = log.tell()
+            # a session of its own: Ctrl-C is for the sweep, which passes it on once
+            process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+            try:
+                while process.poll() is None:
+                    self._pause(0.05)
+            finally:
+                end_process(process)
+        if process.returncode != 0:
+            raise CommandError(process.returncode, self._last_lines(process.returncode, beginning))
+
+    def _last_lines(self, status: int, beginning: int) -> str:
+        text = self.run.log.read_bytes()[beginning:].decode("utf-8", errors="replace")
+        lines = [line.rsplit("\r", 1)[-1].rstrip() for line in text.splitlines()]
+        said = "\n".join([line for line in lines if line][-LAST_LINES:]) or "it said nothing"
+        how = f"ended with status {status}" if status > 0 else f"was killed by signal {-status}"
+        return f"{how}:\n{said}"
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """Have a process save and end; nothing where it has ended."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,214 @@
+"""A sweep file: which runs it asks for, read and checked without touching data or weights.
+
+task: dreambooth                              # dreambooth, s2i or perturb
+recipe: ../../tiny/dreambooth/{method}.yaml   # beside this file; {key} is filled in from the run's own values
+settings: {base: tiny, steps: 150}            # configuration keys, over the recipe
+grid: {subject: [candy_ball, gift_box], seed: [0, 1]}          # every combination
+runs:                                         # alternatives, each with every combination
+  - {method: ether}
+  - {method: oft, then: [{refit: "{previous}", steps: 60}]}    # another run on top of this one, from its folder
+eval: {num: 4, steps: 20}                     # options of `etherdiff eval`; false: not scored
+resources: {cpus: 1, gpus: 0}                 # of each run
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from etherdiff.config import RunConfig, load_run_config, load_yaml
+from etherdiff.errors import UserError
+from etherdiff.sweeps.mistakes import Mistakes
+from etherdiff.sweeps.scoring import Scoring
+from etherdiff.sweeps.tasks import TASKS
+
+M = TypeVar("M", bound=BaseModel)
+PREVIOUS = "{previous}"
+"""In a value under `then`: the folder of the run before."""
+OWN_KEYS = ("output", "overwrite", "dry_run")
+"""Configuration keys that the sweep sets itself."""
+MOST_RUNS = 10_000
+
+
+class Resources(BaseModel):
+    """What each run gets."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    cpus: int = Field(1, ge=1, description="processor cores, and threads")
+    gpus: float = Field(0, ge=0, description="GPUs, or a fraction of one")
+
+    @field_validator("gpus")
+    @classmethod
+    def _shared_or_whole(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError("must be a fraction of one, or a whole number")
+        return gpus
+
+
+class SweepFile(BaseModel):
+    """The file as it is written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str = Field(description=f"what is run: {', '.join(TASKS)}")
+    recipe: str | None = Field(None, description="YAML file of options, relative to the sweep file")
+    settings: dict[str, Any] = Field({}, description="options of all runs, over the recipe")
+    grid: dict[str, list[Any]] = Field({}, description="option: list of values; every combination is run")
+    runs: list[dict[str, Any]] = Field([{}], min_length=1, description="alternatives, each run with every combination")
+    eval: dict[str, Any] | bool = Field({}, description="options of etherdiff eval; false: runs are not scored")
+    resources: dict[str, Any] = Field({}, description="cpus and gpus of each run")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A run that the file asks for."""
+
+    label: str
+    """The values in which it can differ from the others, joined by "-"."""
+    values: dict[str, Any]
+    """All that the file says of it, over the recipe."""
+    config: RunConfig
+    """Well-formed; what it names need not be there. Under `then` a value may still hold `PREVIOUS`."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file whose every run is well-formed."""
+
+    path: Path
+    task: str
+    units: tuple[tuple[Variant, ...], ...]
+    """Runs that depend on no other, each followed by those on top of it."""
+    scoring: Scoring | None
+    resources: Resources
+
+    @property
+    def size(self) -> int:
+        """How many runs."""
+        return sum(map(len, self.units))
+
+
+def read_sweep(path: Path) -> Sweep:
+    """The runs of a sweep file. Raises one UserError with everything that is wrong with it."""
+    file, mistakes = _read_file(path), Mistakes()
+    task = TASKS.get(file.task)
+    if task is None:
+        mistakes.add([f"task: must be {', '.join(TASKS)}, not {file.task!r}"])
+    mistakes.add(_misplaced(file))
+    resources = mistakes.attempt(lambda: _checked(Resources, file.resources), about="resources: ")
+    scoring = None
+    if task is not None and file.eval is not False:
+        wanted = {} if file.eval is True else file.eval
+        scoring = mistakes.attempt(lambda: _checked(task.scoring, wanted), about="eval: ")
+    mistakes.raise_if_any(path)
+    assert task is not None
+    assert resources is not None
+    asked = list(_units(file))
+    units = []
+    for unit in asked:
+        variants = []
+        for label, values in unit:
+            config = mistakes.attempt(partial(_configure, path, task.config, file.recipe, values), label)
+            if config is not None:
+                variants.append(Variant(label, values, config))
+        units.append(tuple(variants))
+    mistakes.raise_if_any(path, sum(map(len, asked)))
+    return Sweep(path, file.task, tuple(units), scoring, resources)
+
+
+def _read_file(path: Path) -> SweepFile:
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such sweep file")
+    content, mistakes = load_yaml(path), Mistakes()
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path}: a sweep file is a list of `key: value` lines")
+    file = mistakes.attempt(lambda: _checked(SweepFile, content))
+    mistakes.raise_if_any(path)
+    assert file is not None
+    return file
+
+
+def _checked(cls: type[M], content: dict[str, Any]) -> M:
+    return load_run_config(cls, content)  # type: ignore[type-var]  # its explanations fit any model
+
+
+def _misplaced(file: SweepFile) -> list[str]:
+    """What is wrong with the file's parts beside each other."""
+    found = [f"grid: {key} has no values" for key, values in file.grid.items() if not values]
+    for key, values in file.grid.items():
+        repeated = [value for at, value in enumerate(values) if value in values[:at]]
+        found += [f"grid: {key} has the value {value} twice" for value in repeated]
+    alternatives = [alternative for alternative in file.runs if isinstance(alternative.get("then", []), list)]
+    if len(alternatives) < len(file.runs):
+        found.append("runs: then must be a list of runs, each with its own options")
+    later = [more for alternative in alternatives for more in alternative.get("then", [])]
+    if not all(isinstance(more, dict) and "then" not in more for more in later):
+        found.append("runs: each run under then must be `key: value` options, without another then")
+        later = []
+    for part in (file.settings, file.grid, *file.runs, *later):
+        found += [f"{key}: the sweep chooses it itself; leave it out" for key in OWN_KEYS if key in part]
+    both = {key for alternative in file.runs for key in alternative if key in file.grid}
+    found += [f"{key}: must not be both in grid and in runs" for key in sorted(both)]
+    firsts = [file.settings, *file.grid.values(), *({**one, "then": None} for one in file.runs)]
+    if PREVIOUS in str(firsts):
+        found.append(f"{PREVIOUS} stands for the folder of the run before: use it under then")
+    runs = prod(map(len, file.grid.values())) * (len(file.runs) + len(later))
+    if runs > MOST_RUNS:
+        found.append(f"{runs:,} runs are asked for; a sweep has at most {MOST_RUNS:,}")
+    return list(dict.fromkeys(found))
+
+
+def _units(file: SweepFile) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """Label and values of each run, and of those on top of it."""
+    for point in itertools.product(*file.grid.values()):
+        for alternative in file.runs:
+            varied = dict(zip(file.grid, point, strict=True)) | alternative
+            unit = []
+            for more in [{}, *varied.pop("then", [])]:
+                varied |= more
+                unit.append((label_of(varied), file.settings | varied))
+            yield unit
+
+
+def label_of(varied: Mapping[str, Any]) -> str:
+    """A run's values as a name: "candy_ball-0-ether"."""
+    return "-".join(_slug(key, value) for key, value in varied.items())[:120].strip("-.") or "run"
+
+
+def _slug(key: str, value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        text = f"{ {None: 'default', True: 'with', False: 'no'}[value] }-{key}"
+    elif PREVIOUS in str(value):
+        text = key
+    else:
+        text = Path(value).name if isinstance(value, str) else str(value)
+    return re.sub(r"[^A-Za-z0-9._+]+", "-", text)[:40].strip("-.")
+
+
+def _configure(path: Path, cls: type[RunConfig], recipe: str | None, values: dict[str, Any]) -> RunConfig:
+    """A run's configuration: its values over its recipe's."""
+    content = {} if recipe is None else _read_recipe(path.parent / _filled_in(recipe, values))
+    return load_run_config(cls, content | values)
+
+
+def _filled_in(recipe: str, values: Mapping[str, Any]) -> str:
+    """The recipe's path with the run's values in it."""
+    lacking = [key for key in re.findall(r"\{(\w+)\}", recipe) if key not in values]
+    if lacking:
+        raise UserError(f"recipe: {recipe} needs {' and '.join(lacking)}, which the run does not say")
+    return re.sub(r"\{(\w+)\}", lambda found: str(values[found[1]]), recipe)
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    content = load_yaml(path) or {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a recipe is a list of `key: value` lines")
+    content.pop("provenance", None)  # a run folder's run.yaml is a recipe too
+    return content

@@ -1,0 +1,208 @@
+"""`etherdiff sweep`: every run of a file once, whatever happens in between."""
+
+import importlib.util
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+
+from etherdiff import signals
+from etherdiff.errors import RunError, Stopped, UserError
+from etherdiff.files import write_text
+from etherdiff.locks import LOCK, run_lock
+from etherdiff.sweeps.backend import Backend, Here
+from etherdiff.sweeps.execute import Orders, Outcome
+from etherdiff.sweeps.finished import Stage, stage_of
+from etherdiff.sweeps.mistakes import Mistakes
+from etherdiff.sweeps.planning import plan_units
+from etherdiff.sweeps.progress import Progress
+from etherdiff.sweeps.spec import Sweep, read_sweep
+from etherdiff.sweeps.states import expect_scores
+from etherdiff.sweeps.units import Run, Unit, shell_command
+from etherdiff.ui import say, warn
+
+COPY = "sweep.yaml"
+FORWARDED = ("ETHERDIFF_CACHE", "ETHERDIFF_DATA")
+"""Environment variables that runs on other machines are told."""
+SAID = {Stage.ABSENT: "to do", Stage.BEGUN: "to be resumed", Stage.MADE: "to be scored", Stage.FINISHED: "finished"}
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """How to do a sweep."""
+
+    output: Path | None = None
+    """None: sweeps/NAME of the file."""
+    address: str | None = None
+    """Of a Ray cluster."""
+    jobs: int | None = None
+    """Runs at a time, at most; None: as many as the resources allow."""
+    retries: int = 1
+    program: tuple[str, ...] = ()
+    """What runs in place of etherdiff; for tests."""
+
+    def problems(self) -> list[str]:
+        """Everything wrong with the options by themselves."""
+        found = []
+        if self.jobs is not None and self.jobs < 1:
+            found.append(f"jobs: must be at least 1, not {self.jobs}")
+        if self.retries < 0:
+            found.append(f"retries: must be at least 0, not {self.retries}")
+        if (self.address is not None or (self.jobs or 1) > 1) and not has_ray():
+            found.append("several runs at a time need Ray: pip install 'etherdiff[ray]'")
+        return found
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A sweep whose every run could start."""
+
+    sweep: Sweep
+    output: Path
+    units: list[Unit]
+    stages: dict[str, Stage]
+    """By the runs' names."""
+
+    @property
+    def unfinished(self) -> list[Unit]:
+        """Units with something left to do, without their runs that are finished."""
+        left = [
+            Unit(tuple(run for run in unit.runs if self.stages[run.name] < Stage.FINISHED), unit.threads, unit.gpus)
+            for unit in self.units
+        ]
+        return [unit for unit in left if unit.runs]
+
+
+def has_ray() -> bool:
+    """Whether the extra is installed."""
+    return importlib.util.find_spec("ray") is not None
+
+
+def plan_sweep(file: Path, options: SweepOptions, for_now: bool = True) -> Planned:
+    """Check everything; nothing is written. UserError with all that is wrong."""
+    mistakes = Mistakes()
+    mistakes.add(options.problems())
+    sweep = mistakes.attempt(lambda: read_sweep(file))
+    mistakes.raise_if_any()
+    assert sweep is not None
+    output = (options.output or Path("sweeps") / file.stem).absolute()
+    if output.is_dir() and any(path.name != LOCK for path in output.iterdir()) and not (output / COPY).is_file():
+        raise UserError(f"output: {output} holds something that is not a sweep; choose another folder")
+    units = plan_units(sweep, output, for_now)
+    runs = [run for unit in units for run in unit.runs]
+    stages = {run.name: mistakes.attempt(partial(stage_of, run)) for run in runs}
+    mistakes.raise_if_any(file)
+    return Planned(sweep, output, units, {name: stage for name, stage in stages.items() if stage is not None})
+
+
+def run_sweep(file: Path, options: SweepOptions) -> Path:
+    """Do all that is not done; returns the sweep's folder.
+
+    Raises:
+        UserError: everything that is wrong, before anything starts.
+        RunError: runs that failed, after all others are done.
+        Stopped: a signal came; what ran has saved.
+    """
+    planned = plan_sweep(file, options)
+    with run_lock(planned.output):
+        write_files(planned)
+        units, total = planned.unfinished, planned.sweep.size
+        left = sum(len(unit.runs) for unit in units)
+        say(f"{planned.output}: {total} runs, {total - left} finished already", style="bold")
+        _warn_of_gpu(planned.sweep)
+        _warn_of_others(planned)
+        failed = _do(units, total - left, options) if units else []
+    if failed:
+        raise RunError(_summary(failed, total))
+    say(f"{planned.output}: all {total} runs are finished")
+    return planned.output
+
+
+def print_commands(file: Path, options: SweepOptions) -> list[str]:
+    """A shell command for each unit that is not finished; what they read is written, and nothing is run."""
+    planned = plan_sweep(file, options, for_now=False)
+    with run_lock(planned.output):
+        write_files(planned)
+        lines = []
+        for unit in planned.unfinished:
+            commands = [command for run in unit.runs for command in _commands(run, planned.stages[run.name])]
+            lines.append(" && ".join(shell_command(unit, command) for command in commands))
+            for run in unit.runs:
+                expect_scores(run, {"status": "printed"})
+    return lines
+
+
+def dry_run(file: Path, options: SweepOptions) -> list[str]:
+    """A line for each run, after everything is checked: its name and how far it is."""
+    planned = plan_sweep(file, options, for_now=False)
+    return [f"{run.name}: {SAID[planned.stages[run.name]]}" for unit in planned.units for run in unit.runs]
+
+
+def write_files(planned: Planned) -> None:
+    """A copy of the file, for reading, and the recipe of every run."""
+    write_text(planned.output / COPY, planned.sweep.path.read_text(encoding="utf-8"))
+    for unit in planned.units:
+        for run in unit.runs:
+            run.recipe.parent.mkdir(exist_ok=True)
+            write_text(run.recipe, yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
+
+
+def _commands(run: Run, stage: Stage) -> list[list[str]]:
+    """What is left to do of a run."""
+    make = {Stage.ABSENT: [run.make_command()], Stage.BEGUN: [run.resume_command()]}.get(stage, [])
+    return make + ([] if run.scoring is None else [run.score_command()])
+
+
+def _do(units: Sequence[Unit], finished: int, options: SweepOptions) -> list[Outcome]:
+    """Do units; returns the outcomes of the runs that failed. Stopped where a signal came."""
+    session = uuid.uuid4().hex
+    environment = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    orders = Orders(options.retries, session, environment, options.program)
+    with signals.deferred():
+        backend = _backend(units, orders, options)
+        progress = Progress([run for unit in units for run in unit.runs], finished, session)
+        try:
+            with progress:
+                while backend.is_busy() and signals.received() is None:
+                    progress.update(backend.wait(1.0))
+        finally:
+            backend.stop()
+        if backend.is_busy() and (number := signals.received()) is not None:
+            done = f"{progress.finished} of {progress.total} runs are finished"
+            raise Stopped(number, f"stopped: {done}, those at work have saved. Go on with the same command")
+    return progress.failed
+
+
+def _backend(units: Sequence[Unit], orders: Orders, options: SweepOptions) -> Backend:
+    if not has_ray() or (options.jobs == 1 and options.address is None):
+        return Here(units, orders)
+    from etherdiff.sweeps.on_ray import OnRay
+
+    return OnRay(units, orders, options.address, options.jobs)
+
+
+def _summary(failed: Sequence[Outcome], total: int) -> str:
+    lines = [f"{len(failed)} of {total} runs failed and are left out; the same command tries them again:"]
+    for outcome in failed:
+        lines += [
+            f"{outcome.run} (tried {outcome.attempts} times)",
+            *(f"    {line}" for line in str(outcome.error).splitlines()),
+        ]
+    return "\n".join(lines)
+
+
+def _warn_of_gpu(sweep: Sweep) -> None:
+    if sweep.resources.gpus == 0 and torch.cuda.is_available():
+        warn("this machine has a GPU, and no run gets it: say `resources: {gpus: 1}`, or a fraction, in the file")
+
+
+def _warn_of_others(planned: Planned) -> None:
+    folder = planned.output / "runs"
+    others = sorted(path.name for path in folder.iterdir() if path.name not in planned.stages) if folder.is_dir() else []
+    if others:
+        warn(f"{folder} holds {len(others)} runs that the file does not ask for (any more), such as {others[0]}")

@@ -1,0 +1,92 @@
+"""Averages over seeds and subjects, and their intervals, against NumPy, SciPy and `eval.combine`."""
+
+import numpy as np
+import pytest
+from scipy import stats
+from synthetic_runs import change_result, write_run
+
+from etherdiff.eval.combine import combine_subjects
+from etherdiff.results.pooling import pool_numbers, pool_scores, t_interval
+from etherdiff.results.runs import collect
+
+SUBJECTS = ("ball", "box", "cup", "star", "lamp", "hat")
+
+
+def runs_of(folder, means, **settings):
+    """(subject, seed) -> mean of dino."""
+    for (subject, seed), mean in means.items():
+        write_run(folder / f"{subject}-{seed}", {"dino": mean}, subject=subject, seed=seed, **settings)
+    return collect([folder]).runs
+
+
+def test_one_run_has_its_own_interval(tmp_path):
+    cell = pool_scores(runs_of(tmp_path, {("ball", 0): 0.6}), "dino")
+    assert (cell.mean, cell.low, cell.high, cell.over) == (0.6, 0.59, 0.61, "25 prompts")
+
+
+def test_seeds_of_one_subject_have_a_t_interval(tmp_path):
+    values = [0.60, 0.64, 0.59]
+    cell = pool_scores(runs_of(tmp_path, {("ball", seed): value for seed, value in enumerate(values)}), "dino")
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    assert (cell.mean, cell.low, cell.high) == (pytest.approx(np.mean(values)), pytest.approx(low), pytest.approx(high))
+    assert cell.over == "3 seeds"
+    assert sorted(cell.values.values()) == sorted(values)
+
+
+def test_the_t_interval_by_hand():
+    # mean 2, s = 1, t(0.975, 2) = 4.302653
+    assert t_interval([1.0, 2.0, 3.0]) == (pytest.approx(2 - 4.302653 / 3**0.5), pytest.approx(2 + 4.302653 / 3**0.5))
+    assert t_interval([1.0]) is None
+
+
+def test_subjects_are_pooled_as_the_table_over_subjects_is(tmp_path):
+    means = dict(zip(SUBJECTS, (0.5, 0.55, 0.6, 0.62, 0.64, 0.7), strict=True))
+    runs = runs_of(tmp_path, {(subject, 0): mean for subject, mean in means.items()})
+    expected = combine_subjects({run.subject: run.result for run in runs})["scores"]["dino"]
+    cell = pool_scores(runs, "dino")
+    assert (cell.mean, cell.low, cell.high) == pytest.approx((expected["mean"], expected["low"], expected["high"]))
+    assert cell.mean == pytest.approx(np.mean(list(means.values())))
+    assert cell.over == "6 subjects"
+
+
+def test_seeds_of_a_subject_are_averaged_before_subjects_are(tmp_path):
+    means = {(subject, 0): 0.6 for subject in SUBJECTS[1:]} | {("ball", 0): 0.2, ("ball", 1): 0.3, ("ball", 2): 0.4}
+    cell = pool_scores(runs_of(tmp_path, means), "dino")
+    assert cell.mean == pytest.approx((0.3 + 5 * 0.6) / 6)
+    assert len(cell.values) == 8
+
+
+def test_with_few_subjects_their_prompts_are_drawn_again(tmp_path):
+    cell = pool_scores(runs_of(tmp_path, {("ball", 0): 0.6, ("ball", 1): 0.62, ("box", 0): 0.5}), "dino")
+    assert cell.mean == pytest.approx((0.61 + 0.5) / 2)
+    assert cell.over == "10 prompts"
+    assert cell.low < cell.mean < cell.high
+
+
+def test_fid_is_not_averaged_over_subjects(tmp_path):
+    runs = runs_of(tmp_path, {("ball", 0): 0.6, ("box", 0): 0.5})
+    for run in runs:
+        run.result["scores"]["fid"] = run.result["scores"]["dino"]
+    assert pool_scores(runs, "fid") is None
+    assert pool_scores(runs[:1], "fid") is not None
+
+
+def test_a_run_without_the_score_is_not_in_it(tmp_path):
+    runs = runs_of(tmp_path, {("ball", 0): 0.6, ("ball", 1): 0.7})
+    change_result(tmp_path / "ball-1", lambda result: result["scores"].pop("dino"))
+    cell = pool_scores(collect([tmp_path]).runs, "dino")
+    assert (cell.mean, len(cell.values)) == (0.6, 1)
+    assert pool_scores(runs, "clip_t") is None
+
+
+def test_numbers_without_intervals_of_their_own():
+    seeds = pool_numbers({"a": ("ball", 1.0), "b": ("ball", 2.0), "c": ("ball", 3.0)})
+    assert (seeds.mean, seeds.low, seeds.over) == (2.0, pytest.approx(2 - 4.302653 / 3**0.5), "3 seeds")
+    equal = pool_numbers({"a": ("ball", 5.0), "b": ("box", 5.0)})
+    assert (equal.mean, equal.low, equal.over) == (5.0, None, "")
+    few = pool_numbers({"a": ("ball", 1.0), "b": ("ball", 3.0), "c": ("box", 4.0)})
+    assert (few.mean, few.low) == (3.0, None)
+    many = pool_numbers({subject: (subject, float(number)) for number, subject in enumerate(SUBJECTS)})
+    assert (many.mean, many.over) == (2.5, "6 subjects")
+    assert many.low < 2.5 < many.high
+    assert pool_numbers({}) is None
