@@ -40,19 +40,20 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="where to write the figures")] = None,
     runs: Annotated[Path, typer.Option(help="where the run folders go")] = Path("runs/tiny"),
     options: Annotated[str, typer.Option(help="of train-dreambooth")] = OPTIONS,
+    num: Annotated[int, typer.Option(help="images per prompt")] = 4,
     picture: Annotated[Path | None, typer.Option(help="where to save a sheet of them all")] = None,
 ) -> None:
     """Train and score each subject; print the mean over subjects with its standard error."""
     quiet_libraries()
     names = subjects or [name for name, subject in SUBJECTS.items() if subject.split == "test"]
-    rows = {name: _measure(name, runs / name, options) for name in names}
+    rows = {name: _measure(name, runs / name, options, num) for name in names}
     gains = [row["dino_held_out"]["mean"] - row["base_dino_held_out"]["mean"] for row in rows.values()]
     summary = {"dino_gain": _mean(gains), "train_seconds": _mean([row["train_seconds"] for row in rows.values()])}
     for key in (*SCORES, *(f"base_{name}" for name in SCORES)):
         summary[key] = _mean([row[key]["mean"] for row in rows.values()])
     for key in ("place", "base_place"):
         summary[key] = _mean([row[key] for row in rows.values()])
-    text = json.dumps({"options": options, "summary": summary, "subjects": rows}, indent=2)
+    text = json.dumps({"options": options, "num": num, "summary": summary, "subjects": rows}, indent=2)
     say(text)
     if json_file:
         json_file.write_text(text + "\n", encoding="utf-8")
@@ -61,14 +62,14 @@ def main(
         _sheet(names, runs).save(picture)
 
 
-def _measure(name: str, run: Path, options: str) -> dict[str, Any]:
+def _measure(name: str, run: Path, options: str, num: int) -> dict[str, Any]:
     seconds = run / "seconds.json"
     if not (run / "adapter.sha256.json").exists():
         started = time.monotonic()
         _etherdiff("train-dreambooth", "--base", "tiny", "--subject", name, "--output", str(run), *options.split())
         seconds.write_text(json.dumps(time.monotonic() - started), encoding="utf-8")
     if not (run / "eval" / "metrics.json").exists():
-        _etherdiff("eval", str(run))
+        _etherdiff("eval", str(run), "--num", str(num))
     result = json.loads((run / "eval" / "metrics.json").read_text(encoding="utf-8"))
     row: dict[str, Any] = {"train_seconds": json.loads(seconds.read_text(encoding="utf-8"))}
     for key in SCORES:

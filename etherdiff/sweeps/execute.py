@@ -80,7 +80,7 @@ class _Doing:
 
     def __init__(self, run: Run, unit: Unit, orders: Orders, stopping: Callable[[], bool], place: str) -> None:
         self.run, self.unit, self.orders, self.stopping, self.place = run, unit, orders, stopping, place
-        self.began = time.time()
+        self.began = time.monotonic()
         self.attempts = 0
 
     def until_done(self) -> Outcome:
@@ -99,7 +99,7 @@ class _Doing:
                 return self._outcome(None)
 
     def _outcome(self, error: str | None) -> Outcome:
-        return Outcome(self.run.name, error, self.attempts, time.time() - self.began)
+        return Outcome(self.run.name, error, self.attempts, time.monotonic() - self.began)
 
     def _complete(self) -> None:
         """From wherever the run is to its end."""
@@ -118,7 +118,7 @@ class _Doing:
             self._command(self.run.score_command())
 
     def _state(self, status: str, **more: Any) -> dict[str, Any]:
-        common = {"session": self.orders.session, "attempts": self.attempts, "since": time.time(), "place": self.place}
+        common = {"session": self.orders.session, "attempts": self.attempts, "place": self.place}
         return {"status": status, **common, **more}
 
     def _wait_until_free(self) -> None:

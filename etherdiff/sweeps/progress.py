@@ -28,6 +28,7 @@ class Progress:
         self.session = session
         self.finished, self.total = finished, finished + len(runs)
         self.failed: list[Outcome] = []
+        self.seen: dict[tuple[str, str], float] = {}
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> "Progress":
@@ -49,7 +50,7 @@ class Progress:
                 self.failed.append(outcome)
             say(self._line(outcome), style="" if outcome.error is None else "red")
         if self.live:
-            self.live.update(self.render(time.time()), refresh=True)
+            self.live.update(self.render(time.monotonic()), refresh=True)
 
     def _line(self, outcome: Outcome) -> str:
         count = f"[{self.finished + len(self.failed)}/{self.total}]"
@@ -58,7 +59,7 @@ class Progress:
         return f"{count} {outcome.run}: failed, {outcome.error.splitlines()[0]}"
 
     def render(self, now: float) -> Group:
-        """The counts, and a row for each run that is worked on."""
+        """The counts, and a row for each run that is worked on; `now` in seconds of a monotonic clock."""
         states = [(run, read_state(run)) for run in self.waiting.values()]
         working = [(run, state) for run, state in states if self._is_worked_on(state)]
         counts = {"done": self.finished, "running": len(working), "waiting": len(self.waiting) - len(working)}
@@ -67,19 +68,20 @@ class Progress:
         for header in ("run", "", "step", "loss", "seconds"):
             table.add_column(header, justify="left" if header in ("run", "") else "right")
         for run, state in working:
-            table.add_row(*row_of(run, state, now))
+            # of this process's own clock: those of other machines, and on the wall, may say anything
+            table.add_row(*row_of(run, state, now - self.seen.setdefault((run.name, state["status"]), now)))
         return Group(Text(line, style="bold"), *([table] if working else []))
 
     def _is_worked_on(self, state: dict[str, Any]) -> bool:
         return state.get("session") == self.session and state.get("status") in ("training", "scoring")
 
 
-def row_of(run: Run, state: dict[str, Any], now: float) -> list[str]:
-    """Name, what it does, step of steps, loss, seconds since it began with that."""
+def row_of(run: Run, state: dict[str, Any], seconds: float) -> list[str]:
+    """Name, what it does, step of steps, loss, seconds since it was first seen at that."""
     last = last_row(run.folder / "metrics.jsonl")
     loss = last.get("loss")
     step = f"{last.get('step', 0)}/{run.steps}" if run.steps else ""
-    return [run.name, state["status"], step, "" if loss is None else f"{loss:.4f}", f"{max(now - state['since'], 0):.0f}"]
+    return [run.name, state["status"], step, "" if loss is None else f"{loss:.4f}", f"{seconds:.0f}"]
 
 
 def last_row(path: Path) -> dict[str, Any]:

@@ -19,9 +19,14 @@ TINY_MAPS = {"base": "tiny", "palette": "tiny", "steps": 3, "tracker": "none"}
 def write_file(path: Path, **content) -> Path:
     """A sweep file of runs on the tiny base, subject-driven ones unless told otherwise."""
     task = content.setdefault("task", "dreambooth")
-    usual = TINY if task == "dreambooth" else TINY_MAPS | {"dataset": str(scenes(path.parent / "scenes"))}
+    if task == "dreambooth":
+        usual, scoring = TINY, {"num": 1, "steps": 2}
+    elif task == "s2i":
+        usual, scoring = TINY_MAPS | {"dataset": str(scenes(path.parent / "scenes"))}, {"num_maps": 2, "steps": 2}
+    else:
+        usual, scoring = {"base": "tiny"}, {}
     content["settings"] = usual | content.get("settings", {})
-    content.setdefault("eval", {"dreambooth": {"num": 1, "steps": 2}, "s2i": {"num_maps": 2, "steps": 2}}[task])
+    content.setdefault("eval", scoring)
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 

@@ -1,7 +1,6 @@
 """The live table and the lines of a sweep."""
 
 import json
-import time
 
 import pytest
 from rich.console import Console
@@ -29,12 +28,15 @@ def shown(progress, now: float) -> str:
 
 def test_the_table_has_counts_and_a_row_for_what_is_worked_on(runs, capsys):
     progress = Progress(runs, finished=5, session="this")
-    write_state(runs[0], {"status": "training", "session": "this", "since": 100.0})
-    write_state(runs[1], {"status": "scoring", "session": "this", "since": 130.0})
-    write_state(runs[2], {"status": "training", "session": "an earlier one", "since": 1.0})
+    write_state(runs[0], {"status": "training", "session": "this"})
+    write_state(runs[1], {"status": "training", "session": "this"})
+    write_state(runs[2], {"status": "training", "session": "an earlier one"})
     runs[0].folder.mkdir(parents=True)
     rows = [json.dumps({"step": step, "loss": 0.5 / step}) for step in (1, 2)]
     (runs[0].folder / "metrics.jsonl").write_text("\n".join([*rows, '{"step": 3, "lo']))
+    shown(progress, 100.0)
+    write_state(runs[1], {"status": "scoring", "session": "this"})
+    shown(progress, 130.0)
     text = shown(progress, 142.0)
     assert "5 done · 2 running · 2 waiting · 0 failed" in text
     assert [line.split() for line in text.splitlines()[2:]] == [
@@ -42,7 +44,7 @@ def test_the_table_has_counts_and_a_row_for_what_is_worked_on(runs, capsys):
         [runs[1].name, "scoring", "0/3", "12"],
     ]
     progress.update([Outcome(runs[0].name, None, 1, 7.4), Outcome(runs[1].name, "ended with status 1:\nNaN", 2)])
-    assert "6 done · 0 running · 2 waiting · 1 failed" in shown(progress, time.time())
+    assert "6 done · 0 running · 2 waiting · 1 failed" in shown(progress, 143.0)
     said = capsys.readouterr().err.splitlines()
     assert said == [
         f"[6/9] {runs[0].name}: done in 7 s",

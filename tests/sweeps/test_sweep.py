@@ -149,6 +149,34 @@ def test_the_command(tmp_path, cache, monkeypatch, capsys):
     assert status(tmp_path / "none.yaml") == 2
 
 
+# --- With etherdiff itself -----------------------------------------------------------------------------------------------
+
+REAL = {
+    "dreambooth": {"settings": {"prior_preservation": False, "steps": 2}, "eval": {"num": 1, "steps": 1, "base": False}},
+    "s2i": {
+        "settings": {"batch_size": 2, "steps": 2},
+        "runs": [{"method": "oft", "then": [{"refit": "{previous}", "steps": 1}]}, {"method": "none"}],
+    },
+    "perturb": {
+        "settings": {"subject": "candy_ball", "method": "naive", "distance": 1},
+        "eval": {"num": 1, "steps": 1, "base": False, "metrics": "clip_t"},
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", REAL)
+def test_what_etherdiff_makes_is_recognised_as_what_was_planned(tmp_path, cache, task):
+    file = write_file(tmp_path / "mine.yaml", task=task, **REAL[task])
+    output = run_sweep(file, options(tmp_path / "out", program=()))
+    logs = {path: path.read_bytes() for path in (output / "logs").iterdir()}
+    assert len(logs) == (3 if task == "s2i" else 1)
+    assert all((output / "runs" / path.stem / "eval/metrics.json").is_file() for path in logs)
+    assert {line.split(": ")[1] for line in dry_run(file, options(output))} == {"finished"}
+    run_sweep(file, options(output, program=()))
+    assert {path: path.read_bytes() for path in logs} == logs
+
+
 # --- Killed ------------------------------------------------------------------------------------------------------------
 
 

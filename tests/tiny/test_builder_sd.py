@@ -17,7 +17,7 @@ from etherdiff.subjects import SUBJECT_CLASSES, prompts_for
 from etherdiff.tiny import dreambooth
 from etherdiff.tiny.builder import autoencoder, diffusion, pipeline, tokenizer, training
 from etherdiff.tiny.builder.training import Schedule, train
-from etherdiff.tiny.world import render_scene
+from etherdiff.tiny.world import CLASSES, render_scene
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,8 @@ def training_set(own, count=6):
     moments = rng.standard_normal((count, 8, 16, 16)).astype(np.float16)
     ids = [diffusion.tokenize(own, captions) for captions in forms]
     strange = np.array([own(word)["input_ids"][1] for word in ("jungle", "mountain")], np.uint16)
-    return diffusion.TrainingSet(moments, ids, diffusion.tokenize(own, [""])[0], strange)
+    segmentations = np.stack([scene.segmentation for scene in scenes])
+    return diffusion.TrainingSet(moments, segmentations, ids, diffusion.tokenize(own, [""])[0], strange)
 
 
 def test_captions_are_dropped_and_given_strange_words_as_often_as_said(own):
@@ -120,13 +121,28 @@ def test_latents_are_drawn_from_their_moments(own, monkeypatch):
     monkeypatch.setattr(diffusion, "BATCH", 600)
     data = training_set(own, count=1)
     data.moments[:, :4], data.moments[:, 4:] = 3.0, 0.5
-    latents, noise, timesteps, ids = diffusion.draw_batch(np.random.default_rng(0), data)
+    latents, noise, timesteps, ids, _ = diffusion.draw_batch(np.random.default_rng(0), data)
     assert latents.mean() == pytest.approx(3.0, abs=0.01)
     assert latents.std() == pytest.approx(0.5, abs=0.01)
     assert noise.std() == pytest.approx(1.0, abs=0.01)
-    assert 0 <= timesteps.min() < 20
+    assert timesteps.min() >= 0
     assert 980 < timesteps.max() < 1000
+    assert (timesteps < 500).float().mean() == pytest.approx(0.25, abs=0.06)
     assert ids.shape == (600, 77)
+
+
+def test_places_of_things_weigh_five_times_those_of_sky_and_ground():
+    segmentation = np.zeros((1, 64, 64), np.uint8)
+    segmentation[:, :, 32:] = CLASSES.index("wood")  # the last of the grounds
+    segmentation[:, :4, :4] = CLASSES.index("ball")  # the first of the things; one latent
+    segmentation[:, 4:8, :2] = CLASSES.index("fish")  # half a latent
+    weights = diffusion.place_weights(segmentation)[0, 0]
+    plain = weights[15, 15]
+    assert weights[0, 0] / plain == pytest.approx(5)
+    assert weights[1, 0] / plain == pytest.approx(3)
+    assert (weights == plain).sum() == 254
+    scenes = np.stack([render_scene("train", index).segmentation for index in range(200)])
+    assert diffusion.place_weights(scenes).mean() == pytest.approx(1, abs=0.05)
 
 
 class MicroDenoiser(nn.Module):

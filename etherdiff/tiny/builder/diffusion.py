@@ -12,6 +12,7 @@ from diffusers.training_utils import compute_snr
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from etherdiff.diffusion import min_snr_weight
@@ -19,9 +20,10 @@ from etherdiff.tiny.builder.data import SceneSet, scene_set, to_tensor
 from etherdiff.tiny.builder.reading import train_reader
 from etherdiff.tiny.builder.tokenizer import tokenize
 from etherdiff.tiny.builder.training import Schedule, train
+from etherdiff.tiny.world import GROUNDS, SKIES
 from etherdiff.ui import track
 
-SCHEDULE = Schedule(steps=9_000, learning_rate=1e-3, warmup=200, weight_decay=0.01, ema=0.999, evaluate_every=500)
+SCHEDULE = Schedule(steps=15_000, learning_rate=1e-3, warmup=200, weight_decay=0.01, ema=0.999, evaluate_every=500)
 BATCH = 32
 SCENES, VALIDATION = 40_000, 512
 FORM_SHARES = (0.5, 0.3, 0.2)  # full, loose and short captions
@@ -29,6 +31,8 @@ DROPPED_SHARE = 0.1  # without a caption, for classifier-free guidance
 STRANGE_SHARE = 0.05  # with a word that means nothing here, so that an unknown word does no harm
 IDENTIFIER = "sks"  # the one word that no training caption has
 MIN_SNR_GAMMA = 5.0
+THING_SHARE = 0.136  # of a scene's pixels
+THING_WEIGHT = 5.0  # of the latents of things beside sky and ground, which captions tell least of
 WIDTH = 128  # of the text embeddings
 SHEET_CAPTIONS, SHEET_COLUMNS = 24, 8
 
@@ -47,11 +51,28 @@ class Denoiser(nn.Module):
         return self.unet(noisy, timesteps, text, return_dict=False)[0]
 
 
+class DenoisingBatch(NamedTuple):
+    """What a step learns from."""
+
+    latents: Tensor
+    """(B, 4, 16, 16)"""
+    noise: Tensor
+    """(B, 4, 16, 16)"""
+    timesteps: Tensor
+    """(B,)"""
+    ids: Tensor
+    """(B, 77)"""
+    weights: Tensor
+    """(B, 1, 16, 16), how much the error counts at each place; 1 on average over many scenes"""
+
+
 class TrainingSet(NamedTuple):
     """What a step draws from."""
 
     moments: NDArray[np.float16]
     """(N, 8, 16, 16): mean and standard deviation of the latents, scaled"""
+    segmentations: NDArray[np.uint8]
+    """(N, 64, 64)"""
     ids: list[NDArray[np.uint16]]
     """(N, 77) for full, loose and short captions"""
     empty: NDArray[np.uint16]
@@ -135,7 +156,7 @@ def training_set(vae: AutoencoderKL, tokenizer: CLIPTokenizer, scenes: SceneSet,
     identifier = tokenizer(IDENTIFIER)["input_ids"][1]
     ends = [number for token, number in tokenizer.get_vocab().items() if token.endswith("</w>") and len(token) > 6]
     strange = np.setdiff1d(np.array(ends, np.uint16), [*common, identifier]).astype(np.uint16)
-    return TrainingSet(np.load(path, mmap_mode="r"), ids, tokenize(tokenizer, [""])[0], strange)
+    return TrainingSet(np.load(path, mmap_mode="r"), scenes.segmentations, ids, tokenize(tokenizer, [""])[0], strange)
 
 
 @torch.no_grad()
@@ -146,15 +167,22 @@ def _moments(vae: AutoencoderKL, images: NDArray[np.uint8]) -> NDArray[np.float1
     return moments.half().numpy()
 
 
-def draw_batch(rng: np.random.Generator, data: TrainingSet) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Latents and noise (B, 4, 16, 16), timesteps (B,), token ids (B, 77)."""
+def draw_batch(rng: np.random.Generator, data: TrainingSet) -> DenoisingBatch:
+    """Scenes at random; the chance of a timestep t grows with t, since what captions tell is decided at high noise."""
     chosen = np.sort(rng.integers(len(data.moments), size=BATCH))
     mean, std = torch.from_numpy(data.moments[chosen]).float().chunk(2, 1)
     noise = torch.from_numpy(rng.standard_normal((2, *mean.shape), np.float32))
     forms = rng.choice(len(data.ids), BATCH, p=FORM_SHARES)
     rows = [_caption(rng, data, data.ids[form][index]) for form, index in zip(forms, chosen, strict=True)]
     ids = torch.from_numpy(np.stack(rows).astype(np.int64))
-    return mean + std * noise[0], noise[1], torch.from_numpy(rng.integers(1000, size=BATCH)), ids
+    timesteps = torch.from_numpy((1000 * np.sqrt(rng.random(BATCH))).astype(np.int64))
+    return DenoisingBatch(mean + std * noise[0], noise[1], timesteps, ids, place_weights(data.segmentations[chosen]))
+
+
+def place_weights(segmentations: NDArray[np.uint8]) -> Tensor:
+    """(B, 64, 64) classes to (B, 1, 16, 16): 1 for sky and ground, THING_WEIGHT for things, over their usual mean."""
+    things = torch.from_numpy(segmentations >= len(SKIES) + len(GROUNDS)).float()[:, None]
+    return (1 + (THING_WEIGHT - 1) * F.avg_pool2d(things, 4)) / (1 + (THING_WEIGHT - 1) * THING_SHARE)
 
 
 def _caption(rng: np.random.Generator, data: TrainingSet, row: NDArray[np.uint16]) -> NDArray[np.uint16]:
@@ -168,19 +196,17 @@ def _caption(rng: np.random.Generator, data: TrainingSet, row: NDArray[np.uint16
     return np.insert(row, rng.integers(1, end + 1), rng.choice(data.strange))[: len(row)]
 
 
-def denoising_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor, Tensor], noise_scheduler: DDPMScheduler) -> Tensor:
+def denoising_loss(model: nn.Module, batch: DenoisingBatch, noise_scheduler: DDPMScheduler) -> Tensor:
     """Squared error of the predicted noise, weighted; scalar.
 
     The weight is min(SNR, 5)/SNR x sqrt(1 + 1/SNR). Its second factor is the root of what a velocity target would give: what is
     where, which captions tell, is decided at high noise, where the noise itself is so easy to predict that it hardly counts.
     """
-    latents, noise, timesteps, ids = batch
-    predicted = model(noise_scheduler.add_noise(latents, noise, timesteps), timesteps, ids).float()
-    losses = (predicted - noise).square().mean((1, 2, 3))
-    weights = (
-        min_snr_weight(noise_scheduler, timesteps, MIN_SNR_GAMMA) * (1 + 1 / compute_snr(noise_scheduler, timesteps)).sqrt()
-    )
-    return (losses * weights).mean()
+    noisy = noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+    predicted = model(noisy, batch.timesteps, batch.ids).float()
+    losses = ((predicted - batch.noise).square() * batch.weights).mean((1, 2, 3))
+    snr = compute_snr(noise_scheduler, batch.timesteps)
+    return (losses * min_snr_weight(noise_scheduler, batch.timesteps, MIN_SNR_GAMMA) * (1 + 1 / snr).sqrt()).mean()
 
 
 def validation_loss(model: nn.Module, data: TrainingSet, noise_scheduler: DDPMScheduler) -> float:

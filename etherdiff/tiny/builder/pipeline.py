@@ -85,7 +85,7 @@ def _write_card(model: Denoiser, vae: AutoencoderKL, work: Path, folder: Path, f
         parameter_count(vae) + parameter_count(model),
         f"{diffusion.SCENES:,} scenes with full, loose and short captions",
         f"autoencoder {steps[0]:,} steps of {autoencoder.BATCH}; UNet and text encoder together {steps[1]:,} steps of "
-        f"{diffusion.BATCH}: epsilon prediction, min-SNR weights, 10% without caption",
+        f"{diffusion.BATCH}: epsilon prediction, weighted by SNR and by place (things over sky and ground), 10% captionless",
         {f"Autoencoder, PSNR in dB on {TEST:,} test scenes": autoencoder.psnr(vae, scene_set("test", TEST, work))},
         library="diffusers",
     )
