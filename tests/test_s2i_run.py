@@ -60,6 +60,13 @@ def cli(*arguments: object) -> subprocess.CompletedProcess:
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
+def test_half_precision_draws_its_samples(tmp_path, another_process, capsys):
+    config = s2i_config(tmp_path / "run", mixed_precision="bf16", steps=2, sample_every=2, sample_count=1)
+    train_s2i(config)
+    assert "failed" not in capsys.readouterr().err
+    assert len(list((tmp_path / "run/samples/step-000002").glob("*.png"))) == 1
+
+
 def test_a_run_leaves_what_the_contract_says(run):
     assert (run / "adapter" / "adapter_config.json").is_file()
     assert (run / "control_encoder" / "config.json").is_file()

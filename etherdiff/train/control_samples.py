@@ -36,6 +36,7 @@ class ControlSampler:
         unet, vae = self.model.unet, self.model.vae
         vae.to(unet.device, unet.dtype)
         pipeline = make_s2i_pipeline(self.model, hint_encoder)
+        pipeline.text_encoder = None  # the texts are encoded; its precision, not the UNet's, would be given to them
         pictures: list[Image.Image] = []
         for part in chunks(range(len(self.pairs)), SAMPLES_AT_ONCE):
             numbers = list(part)

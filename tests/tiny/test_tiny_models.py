@@ -150,5 +150,5 @@ def test_the_base_draws_what_a_few_test_captions_ask_for(segmenter):
     needs("sd/unet")
     shares = judged(segmenter, 12)
     assert shares["place"] >= 0.85
-    assert shares["kind"] >= 0.4
-    assert shares["colour"] >= 0.15
+    assert shares["kind"] >= 0.5
+    assert shares["colour"] >= 0.25
