@@ -23,7 +23,8 @@ def commands(text: str) -> list[list[str]]:
         for line in block.splitlines():
             called = re.match(r"(?:\$ )?(?:torchrun .* -m )?etherdiff (.*)", line)
             if called:
-                found.append(shlex.split(called[1], comments=True))
+                words = shlex.split(called[1], comments=True)
+                found.append(words[: words.index(">")] if ">" in words else words)
     return found
 
 
