@@ -14,11 +14,11 @@ from rich.console import Group
 from rich.table import Table
 
 from etherdiff.errors import UserError
-from etherdiff.eval.results import interval_text, named_differences, read_result
+from etherdiff.eval.combine import VERSIONS
+from etherdiff.eval.results import compared_identity, interval_text, library_versions, named_differences, read_result
 
 FACTS = ("subject", "dataset", "method", "base_model", "checkpoint", "step")
 BASE = "the base"
-VERSIONS = "versions"
 
 
 @dataclass
@@ -150,28 +150,14 @@ def _told_facts(columns: Sequence[Column]) -> list[str]:
 def _hold_against(first: Column, column: Column) -> None:
     for score in (name for name in first.scores if name in column.scores):
         one, other = first.scores[score], column.scores[score]
-        found = named_differences(_identity(one), _identity(other), (VERSIONS,))
+        found = named_differences(compared_identity(one), compared_identity(other), (VERSIONS,))
         if found:
             column.differs[score] = found
-        for part, version in _versions(other["identity"]).items():
-            before = _versions(one["identity"]).get(part)
+        for part, version in dict(library_versions(other["identity"])).items():
+            before = dict(library_versions(one["identity"])).get(part)
             text = f"{part} {version} ({before})"
             if version != before and text not in column.rounding:
                 column.rounding.append(text)
-
-
-def _identity(score: Mapping[str, Any]) -> dict[str, Any]:
-    """What has to be equal."""
-    own = score["identity"].get(VERSIONS, {}).get("etherdiff")
-    return {**score["identity"], "etherdiff": own, "n": score["n"]}
-
-
-def _versions(identity: Any) -> dict[str, str]:
-    """Every library's version that an identity tells, at any depth."""
-    found: dict[str, str] = {}
-    for key, value in identity.items() if isinstance(identity, Mapping) else ():
-        found |= {n: v for n, v in value.items() if n != "etherdiff"} if key == VERSIONS else _versions(value)
-    return found
 
 
 def _shared_base(results: Sequence[Mapping[str, Any]]) -> Column | None:

@@ -16,7 +16,7 @@ from etherdiff.models import Base, find_base, fingerprint, load_base
 from etherdiff.paths import data_root
 from etherdiff.runfolder import RunFolder, write_settings
 from etherdiff.subjects import find_subject
-from etherdiff.train.plan import Problems, absolute, output_problems, prompt_problems, try_adapter
+from etherdiff.train.plan import Problems, absolute, class_noun_of, output_problems, prompt_problems, try_adapter
 from etherdiff.train.randomness import Draw, normal
 
 
@@ -59,9 +59,7 @@ def plan_perturbation(config: PerturbConfig) -> PerturbPlan:
     root = data_root(config.data_root)
     base = problems.attempt(lambda: find_base(config.base, config.prediction_type))
     subject = problems.attempt(lambda: find_subject(config.subject, root))
-    class_noun = config.class_noun or (subject.class_noun if subject else None)
-    if subject is not None and class_noun is None:
-        problems.found.append(f"class_noun: say what {config.subject} shows, for instance --class-noun dog")
+    class_noun = problems.attempt(lambda: class_noun_of(config, subject))
     distance = ETHER_DISTANCE if config.distance is None and config.method == "ether" else config.distance
     if distance is None:
         problems.found.append(f"distance: say how far {config.method}'s matrices are to be from the identity, for instance 1")

@@ -1,6 +1,7 @@
 """What every test shares: a cache of its own, so that nothing is read from or left on the machine."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,18 @@ def another_process():
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def etherdiff_(monkeypatch, capsys):
+    """Run the program's main() in this process: its status, and what it wrote."""
+    from etherdiff import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["etherdiff", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        out, err = capsys.readouterr()
+        return left.value.code or 0, out, err
+
+    return run

@@ -24,20 +24,6 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("ano
 COMMANDS = typer.main.get_command(cli.app).commands
 
 
-@pytest.fixture
-def etherdiff_(monkeypatch, capsys):
-    """Run the program's main() in this process: its status, and what it wrote."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["etherdiff", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        out, err = capsys.readouterr()
-        return left.value.code or 0, out, err
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("photos")

@@ -3,12 +3,10 @@
 import copy
 import json
 import os
-import sys
 
 import pytest
 from rich.console import Console
 
-from etherdiff import cli
 from etherdiff.compare import BASE, as_json, as_markdown, as_table, compare
 from etherdiff.errors import UserError
 
@@ -174,17 +172,6 @@ def test_what_cannot_be_compared_is_refused_at_once(results, write, tmp_path):
         compare([run, unscored, broken, foreign, tmp_path / "old", tmp_path / "nowhere"])
     assert len(raised.value.problems) == 5
     assert f"{unscored} has not been scored: etherdiff eval {unscored}" in raised.value.problems
-
-
-@pytest.fixture
-def etherdiff_(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["etherdiff", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return left.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 def test_the_command(results, write, etherdiff_):

@@ -9,6 +9,11 @@ from etherdiff.eval.metrics import HELD_OUT, METRICS
 from etherdiff.eval.network import digest_of
 from etherdiff.eval.scorer import interval_fields
 
+VERSIONS = "versions"
+"""Of an identity: the libraries', which only move the last digits."""
+SUBJECTS_OWN = (VERSIONS, "sha256", "n", "seeds")
+"""Of an identity: what each subject has its own of."""
+
 
 def combine_subjects(results: Mapping[str, dict[str, Any]], seed: int = 0, draws: int = DRAWS) -> dict[str, Any]:
     """One table over subjects: means over the pairs of all of them, as the paper's scripts pool them.
@@ -37,7 +42,7 @@ def combine_subjects(results: Mapping[str, dict[str, Any]], seed: int = 0, draws
     }
 
 
-def differences(one: Any, other: Any, ignored: Sequence[str] = ("versions",), path: str = "") -> list[str]:
+def differences(one: Any, other: Any, ignored: Sequence[str] = (VERSIONS,), path: str = "") -> list[str]:
     """Dotted names of what differs between two identities; a key of `ignored` is left out at any depth."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         keys = [key for key in dict.fromkeys([*one, *other]) if key not in ignored]
@@ -56,12 +61,11 @@ def _with(name: str, results: Mapping[str, dict[str, Any]]) -> dict[str, dict[st
 
 def _mixed_identities(name: str, results: Mapping[str, dict[str, Any]]) -> list[str]:
     """What differs beyond the subject's own images and prompts."""
-    own = ("versions", "sha256", "n", "seeds")
     (first, one), *others = [(subject, result["scores"][name]["identity"]) for subject, result in _with(name, results).items()]
     return [
         f"{name}: {subject} was not scored as {first} was: {', '.join(found)} differ"
         for subject, other in others
-        if (found := differences(one, other, own))
+        if (found := differences(one, other, SUBJECTS_OWN))
     ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from etherdiff.errors import UserError
-from etherdiff.eval.combine import differences
+from etherdiff.eval.combine import VERSIONS, differences
 
 
 def eval_folder(run: Path) -> Path:
@@ -39,6 +39,20 @@ def interval_text(one: Mapping[str, Any]) -> str:
 def named_differences(one: Mapping[str, Any], other: Mapping[str, Any], ignored: Sequence[str] = ()) -> list[str]:
     """What differs, as "generation.steps: 25, here 50"; values that are long or not plain are left out or shortened."""
     return [f"{path}{_both(_at(one, path), _at(other, path))}" for path in differences(one, other, ignored)]
+
+
+def compared_identity(score: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be equal where two scores are to stand together; etherdiff's own version too, whose code they are."""
+    own = score["identity"].get(VERSIONS, {}).get("etherdiff")
+    return {**score["identity"], "etherdiff": own, "n": score["n"]}
+
+
+def library_versions(identity: Any) -> list[tuple[str, str]]:
+    """Every library's version that an identity tells, at any depth."""
+    found: list[tuple[str, str]] = []
+    for key, value in identity.items() if isinstance(identity, Mapping) else ():
+        found += [(n, v) for n, v in value.items() if n != "etherdiff"] if key == VERSIONS else library_versions(value)
+    return found
 
 
 def _both(one: Any, other: Any) -> str:

@@ -9,12 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from etherdiff.errors import UserError
-from etherdiff.eval.results import named_differences
+from etherdiff.eval.combine import SUBJECTS_OWN, VERSIONS
+from etherdiff.eval.results import compared_identity, library_versions, named_differences
 from etherdiff.results.runs import Run
-
-VERSIONS = "versions"
-OWN = (VERSIONS, "sha256", "n", "seeds")
-"""What each subject has its own of, as in `eval.combine`."""
 
 
 @dataclass
@@ -51,7 +48,7 @@ def check_identities(runs: Sequence[Run], scores: Sequence[str], anyway: bool) -
         first: dict[str, Run] = {}
         for run in with_it:
             own = first.setdefault(run.subject, run)
-            found = _differences(own, run, score, (VERSIONS,)) or _differences(with_it[0], run, score, OWN)
+            found = _differences(own, run, score, (VERSIONS,)) or _differences(with_it[0], run, score, SUBJECTS_OWN)
             if found:
                 checked.otherwise[str(run.folder.path), score] = found
             for text in _rounding(with_it[0].scores[score]["identity"], run.scores[score]["identity"]):
@@ -64,30 +61,16 @@ def check_identities(runs: Sequence[Run], scores: Sequence[str], anyway: bool) -
 
 
 def _differences(one: Run, other: Run, score: str, ignored: Sequence[str]) -> list[str]:
-    return named_differences(_identity(one.scores[score]), _identity(other.scores[score]), ignored)
-
-
-def _identity(score: Mapping[str, Any]) -> dict[str, Any]:
-    """What has to be equal; etherdiff's own version too, whose code the scores are."""
-    own = score["identity"].get(VERSIONS, {}).get("etherdiff")
-    return {**score["identity"], "etherdiff": own, "n": score["n"]}
+    return named_differences(compared_identity(one.scores[score]), compared_identity(other.scores[score]), ignored)
 
 
 def _rounding(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    before = dict(_versions(one))
+    before = dict(library_versions(one))
     return [
         f"{name} {version} and {before[name]}, which may change the last digits"
-        for name, version in _versions(other)
+        for name, version in library_versions(other)
         if name in before and version != before[name]
     ]
-
-
-def _versions(identity: Any) -> list[tuple[str, str]]:
-    """Every library's version that an identity tells, at any depth."""
-    found: list[tuple[str, str]] = []
-    for key, value in identity.items() if isinstance(identity, Mapping) else ():
-        found += [(n, v) for n, v in value.items() if n != "etherdiff"] if key == VERSIONS else _versions(value)
-    return found
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:

@@ -5,6 +5,7 @@ from enum import IntEnum
 
 from etherdiff.errors import UserError
 from etherdiff.runfolder import RunFolder, check_result, is_sealed, manifest_of, read_settings
+from etherdiff.sweeps.spec import OWN_KEYS
 from etherdiff.sweeps.states import read_state, scores_hash
 from etherdiff.sweeps.units import Run
 
@@ -28,7 +29,7 @@ def stage_of(run: Run) -> Stage:
     if not is_sealed(folder.settings):
         return Stage.BEGUN  # resuming mends it, or says why not
     _, config, _ = read_settings(run.folder)
-    there = config.model_dump(mode="json", exclude={"output", "overwrite", "dry_run"})
+    there = config.model_dump(mode="json", exclude=set(OWN_KEYS))
     if there != run.config:
         from etherdiff.eval.results import named_differences  # slow to import, and not needed where all is well
 
@@ -53,11 +54,8 @@ def is_scored(run: Run) -> bool:
 
 def _is_whole(folder: RunFolder, run: Run) -> bool:
     """Whether all that the task saves is there, as it was written, and trained to the end."""
-    results = [folder.control_encoder] if run.task == "s2i" else []
-    results += [folder.adapter] if run.config["method"] != "none" else []
-    results += [folder.refitted_adapter] if run.config.get("refit") else []
     try:
-        for result in results:
+        for result in run.results:
             if not manifest_of(result).is_file():
                 return False
             check_result(folder, result)

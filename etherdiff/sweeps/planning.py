@@ -16,7 +16,7 @@ from etherdiff.perturb import plan_perturbation
 from etherdiff.runfolder import RunFolder, write_settings
 from etherdiff.sweeps.judging import ScoringCheck
 from etherdiff.sweeps.mistakes import Mistakes
-from etherdiff.sweeps.spec import PREVIOUS, Sweep, Variant
+from etherdiff.sweeps.spec import OWN_KEYS, PREVIOUS, Sweep, Variant
 from etherdiff.sweeps.tasks import TASKS
 from etherdiff.sweeps.units import Run, Unit
 from etherdiff.ui import console
@@ -60,10 +60,10 @@ def _plan(sweep: Sweep, variant: Variant, previous: Run | None, output: Path, ch
                 [problem.replace(folder, stands_for) if folder else problem for problem in error.problems]
             ) from None
     check(resolved, data)
-    content = resolved.model_dump(mode="json", exclude={"output", "overwrite", "dry_run"})
+    content = resolved.model_dump(mode="json", exclude=set(OWN_KEYS))
     # without defaults, so that an option more in a later version leaves names as they are, and with the run before by its
     # name, so that another place for the sweep's folder does
-    telling = resolved.model_dump(mode="json", exclude={"output", "overwrite", "dry_run"}, exclude_defaults=True)
+    telling = resolved.model_dump(mode="json", exclude=set(OWN_KEYS), exclude_defaults=True)
     told = json.dumps(_replaced(telling, folder, previous.name if previous else ""), sort_keys=True)
     name = f"{variant.label}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
     return Run(name, output, sweep.task, _replaced(content, folder, stands_for), sweep.scoring)
@@ -96,11 +96,8 @@ def _stand_in(run: Run | None) -> Iterator[str]:
         folder = RunFolder(Path(place) / "previous")
         folder.path.mkdir()
         write_settings(folder, run.task, load_run_config(TASKS[run.task].config, run.config), {})
-        results = [folder.control_encoder] if run.task == "s2i" else []
-        results += [folder.adapter] if run.config["method"] != "none" else []
-        results += [folder.refitted_adapter] if run.config.get("refit") else []
-        for result in results:
-            result.mkdir()
+        for result in run.results:
+            (folder.path / result.name).mkdir()
         yield str(folder.path)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from etherdiff.runfolder import RunFolder
 from etherdiff.sweeps.scoring import Scoring
 from etherdiff.sweeps.tasks import TASKS
 
@@ -44,6 +45,14 @@ class Run:
     @property
     def log(self) -> Path:
         return self.output / "logs" / f"{self.name}.log"
+
+    @property
+    def results(self) -> list[Path]:
+        """The folders that its task saves, whole, when it has ended."""
+        folder = RunFolder(self.folder)
+        found = [folder.control_encoder] if self.task == "s2i" else []
+        found += [folder.adapter] if self.config["method"] != "none" else []
+        return found + ([folder.refitted_adapter] if self.config.get("refit") else [])
 
     @property
     def steps(self) -> int:

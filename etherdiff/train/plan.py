@@ -14,14 +14,14 @@ from PIL import Image
 from torch import nn
 
 from etherdiff.adapters.methods import METHODS, TARGETS, MethodOptions, add_adapter, resolve_options
-from etherdiff.config import DreamBoothConfig, TrainConfig
+from etherdiff.config import DreamBoothConfig, SubjectConfig, TrainConfig
 from etherdiff.devices import device_problem, resolve_device
 from etherdiff.errors import UserError
 from etherdiff.images import UnreadableImage, read_images
 from etherdiff.locks import LOCK
 from etherdiff.models import Base, find_base, load_tokenizer
 from etherdiff.paths import data_root
-from etherdiff.subjects import find_subject
+from etherdiff.subjects import Subject, find_subject
 from etherdiff.ui import is_main_process, warn
 
 T = TypeVar("T")
@@ -73,9 +73,7 @@ def plan_dreambooth(config: DreamBoothConfig, resuming: bool = False) -> DreamBo
     images = None
     if subject is not None:
         images = problems.attempt(lambda: read_images(subject.images, config.skip_bad, _say_skipped))
-    class_noun = config.class_noun or (subject.class_noun if subject else None)
-    if subject is not None and class_noun is None:
-        problems.found.append(f"class_noun: say what {config.subject} shows, for instance --class-noun dog")
+    class_noun = problems.attempt(lambda: class_noun_of(config, subject))
     options = problems.attempt(lambda: resolve_options(config.method, method_options(config)))
     resolution = config.resolution or (base.resolution if base else 0)
     if base is not None and resolution % base.resolution_step:
@@ -119,6 +117,14 @@ def plan_dreambooth(config: DreamBoothConfig, resuming: bool = False) -> DreamBo
         output=output,
         resolution=resolution,
     )
+
+
+def class_noun_of(config: SubjectConfig, subject: Subject | None) -> str | None:
+    """What the subject is, as told or as DreamBooth has it. UserError where a subject was found and nothing says."""
+    class_noun = config.class_noun or (subject.class_noun if subject else None)
+    if subject is not None and class_noun is None:
+        raise UserError(f"class_noun: say what {config.subject} shows, for instance --class-noun dog")
+    return class_noun
 
 
 def absolute(name: str) -> str:

@@ -3,14 +3,12 @@
 import csv
 import io
 import json
-import sys
 from html.parser import HTMLParser
 
 import pytest
 from scipy import stats
 from synthetic_runs import change_result, score, write_run, write_scores, write_state
 
-from etherdiff import cli
 from etherdiff.config import PerturbConfig
 from etherdiff.errors import UserError
 from etherdiff.eval.paper import PAPER_S2I, PAPER_SUBJECTS
@@ -314,17 +312,6 @@ def test_html_is_one_page_that_asks_for_nothing_and_runs_nothing(sweep):
     assert not [tag for tag, _ in page.tags if tag in ("script", "img", "iframe")]
     assert [values["href"] for _, values in page.tags if "href" in values] == ["data:,"]
     assert evil in "".join(page.text)
-
-
-@pytest.fixture
-def etherdiff_(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["etherdiff", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return left.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 def test_the_command(sweep, etherdiff_, tmp_path):
