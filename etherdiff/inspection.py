@@ -7,10 +7,7 @@ control encoder, the optimizer's update and elementwise work (which moves memory
 
 import contextlib
 import json
-import logging
-import sys
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -254,34 +251,14 @@ def _adapt(base: Base, method: str, options: MethodOptions, dtype: torch.dtype =
         for parameter in unet.parameters():
             parameter.data = parameter.data.to(dtype)
     try:
-        with _quiet_boft():
-            if method == MAGNITUDE:
-                model: nn.Module = get_peft_model(unet.requires_grad_(False), magnitude_config(options.targets))
-            else:
-                model = add_adapter(unet, method, options)
+        if method == MAGNITUDE:
+            model: nn.Module = get_peft_model(unet.requires_grad_(False), magnitude_config(options.targets))
+        else:
+            model = add_adapter(unet, method, options)
     except ValueError as error:
         raise UserError(f"method {method} does not fit {base.name}: {error}.") from error
     unet.train()
     return _Adapted(unet, model)
-
-
-@contextlib.contextmanager
-def _quiet_boft() -> Iterator[None]:
-    """PEFT's BOFT tries to compile a CUDA extension for every layer and warns each time that it fails.
-
-    The compiler's output goes to stderr, as stdout may be read as JSON.
-    """
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-            warnings.filterwarnings("ignore", message="Failed to load the CUDA extension")
-            # said even where one factor is what was asked for
-            warnings.filterwarnings("ignore", message="Setting boft_n_butterfly_factor to 1")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def count_layers(unet: nn.Module, endings: tuple[str, ...]) -> int:

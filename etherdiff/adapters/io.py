@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from etherdiff.adapters import magnitude, methods  # noqa: F401  registers every type below with PEFT
+from etherdiff.adapters.boft import quiet_boft
 from etherdiff.errors import UserError
 from etherdiff.files import save_tensors, staged_folder
 
@@ -297,7 +298,7 @@ def _peft_config(saved: SavedAdapter) -> PeftConfig:
 def _insert(model: nn.Module, config: PeftConfig, name: str, saved: SavedAdapter) -> PeftModel:
     """Freshly initialised adapter layers, in place; the global random generator is left alone."""
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), quiet_boft():
             if isinstance(model, PeftModel):
                 model.add_adapter(name, config)
                 return model

@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 from peft import BOFTConfig, HRAConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig, get_peft_model
 from torch import nn
 
+from etherdiff.adapters.boft import quiet_boft
 from etherdiff.adapters.ether import EtherConfig
 from etherdiff.adapters.magnitude import MagnitudeConfig
 from etherdiff.adapters.naive import NaiveConfig
@@ -167,7 +168,8 @@ def add_adapter(unet: UNet2DConditionModel, name: str, options: MethodOptions, s
     config = method.config(options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(unet, config)
+        with quiet_boft():
+            return get_peft_model(unet, config)
 
 
 def _check_blocks(unet: UNet2DConditionModel, options: MethodOptions) -> None:
