@@ -33,6 +33,7 @@ PathsArgument = Annotated[
 PaperOption = Annotated[bool, typer.Option("--paper/--no-paper", help="the paper's numbers beside")]
 AnywayOption = Annotated[bool, typer.Option("--anyway", help="also scores that were not computed the same way, marked")]
 CONTROLLED = "Controllable runs"
+GUIDE_CONTROL = "let guidance strengthen the control too: what is steered away from is drawn without it"
 PANELS = {  # the option that opens each panel of a training command's help
     "base": "Model and method",
     "steps": "Optimization",
@@ -228,6 +229,7 @@ def generate(
         Path | None, typer.Option(help="of a controllable run: a control file (label map, edges, landmarks), or a folder")
     ] = None,
     control_scale: Annotated[float, typer.Option(help="multiplies the hint of the control; 0 is no control")] = 1.0,
+    guide_control: Annotated[bool, typer.Option("--guide-control", help=GUIDE_CONTROL)] = False,
     steps: Annotated[
         int | None,
         typer.Option(help="denoising steps [default: 25 of DPM-Solver++; with control 50 of DDIM]".replace("[", "\\[")),
@@ -268,9 +270,9 @@ def generate(
     if control is not None:
         if run is None:
             raise UserError("--control goes with --run: a base alone has no control encoder")
-        from etherdiff.generate_controlled import generate_controlled
+        from etherdiff.generate_controlled import ControlUse, generate_controlled
 
-        generate_controlled(run, control, options, control_scale)
+        generate_controlled(run, control, options, ControlUse(control_scale, guide_control))
         return
     source = g.run_source(run) if run is not None else g.Source(g.find_base(str(base)), adapter or [])
     if source.hint_encoder is not None:
@@ -319,6 +321,7 @@ def eval_command(
         float | None,
         typer.Option(help="strength of the prompt [default: 9]".replace("[", "\\["), rich_help_panel=CONTROLLED),
     ] = None,
+    guide_control: Annotated[bool, typer.Option("--guide-control", help=GUIDE_CONTROL, rich_help_panel=CONTROLLED)] = False,
     shuffle_maps: Annotated[
         bool, typer.Option("--shuffle-maps", help="draw and score with other maps beside", rich_help_panel=CONTROLLED)
     ] = False,
@@ -349,6 +352,7 @@ def eval_command(
     of_control = {
         "num-maps": num_maps is not None,
         "guidance-scale": guidance_scale is not None,
+        "guide-control": guide_control,
         "shuffle-maps": shuffle_maps,
         "without-control": without_control,
         "real": real,
@@ -359,7 +363,12 @@ def eval_command(
         task, other = ("train-s2i", "train-dreambooth") if is_controlled else ("train-dreambooth", "train-s2i")
         raise UserError(f"{run} is a run of {task}, and {', '.join(misplaced)} is for runs of {other}")
     if is_controlled:
-        common |= {"shuffle_maps": shuffle_maps, "without_control": without_control, "real": real}
+        common |= {
+            "guide_control": guide_control,
+            "shuffle_maps": shuffle_maps,
+            "without_control": without_control,
+            "real": real,
+        }
         if guidance_scale is not None:
             common["guidance_scale"] = guidance_scale
         result = c.evaluate_control(run, c.ControlOptions(num_maps=num_maps, **common))

@@ -71,6 +71,8 @@ class ControlOptions:
     """Of the first pair's image; the next ones count up."""
     steps: int = S2I_SAMPLING["steps"]
     guidance_scale: float = S2I_SAMPLING["guidance_scale"]
+    guide_control: bool = False
+    """Whether guidance strengthens the control too (see `StableDiffusionS2IPipeline`); not so in the paper's protocol."""
     batch_size: int = 4
     device: str = "auto"
     metrics: tuple[str, ...] | None = None
@@ -162,6 +164,7 @@ class Plan:
             "sampler": S2I_SAMPLING["sampler"],
             "steps": self.options.steps,
             "guidance_scale": self.options.guidance_scale,
+            **({"guide_control": True} if self.options.guide_control else {}),  # so that earlier scores keep their identity
             "resolution": self.judged.resolution,
         }
 
@@ -353,6 +356,7 @@ def call_pipeline(plan: Plan, name: str, batch: Sequence[ControlledImage]) -> li
         width=resolution,
         num_inference_steps=plan.options.steps,
         guidance_scale=plan.options.guidance_scale,
+        guide_control=plan.options.guide_control,
         generator=[torch.Generator().manual_seed(image.seed) for image in batch],
     ).images
 

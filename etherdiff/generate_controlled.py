@@ -1,5 +1,6 @@
 """`etherdiff generate --run RUN --control …`: pictures that follow control images."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -21,11 +22,22 @@ MAX_COLUMNS = 6
 NOT_CONTROL = {".jsonl", ".txt", ".md", ".csv"}
 
 
-def generate_controlled(run: Path, controls: Path, options: GenerateOptions, control_scale: float = 1.0) -> Path:
+@dataclass(frozen=True)
+class ControlUse:
+    """How much a control decides; both as `StableDiffusionS2IPipeline` takes them."""
+
+    control_scale: float = 1.0
+    guide_control: bool = False
+
+
+AS_TRAINED = ControlUse()
+
+
+def generate_controlled(run: Path, controls: Path, options: GenerateOptions, use: ControlUse = AS_TRAINED) -> Path:
     """Draw every prompt under every control file at seeds seed, seed + 1, …; returns the contact sheet's path.
 
-    controls: a control file of the run's signal, or a folder of them. control_scale multiplies the hint. UserError with
-    everything that is wrong, before anything is loaded.
+    controls: a control file of the run's signal, or a folder of them. UserError with everything that is wrong, before
+    anything is loaded.
     """
     folder, config, provenance = control_config(run)
     assert config.resolution is not None  # the plan filled it in
@@ -47,8 +59,8 @@ def generate_controlled(run: Path, controls: Path, options: GenerateOptions, con
     rows, labels = [], []
     for file, prompt in track([(file, prompt) for file in files for prompt in options.prompts], "generating"):
         control = Image.fromarray(signal.picture(file, resolution))
-        pictures = _draw(pipeline, control, prompt, resolution, options, control_scale)
-        facts = {"model": source.base.name, "run": str(run), "control": file.name, "control_scale": control_scale}
+        pictures = _draw(pipeline, control, prompt, resolution, options, use)
+        facts = {"model": source.base.name, "run": str(run), "control": file.name, **asdict(use)}
         place = options.output / f"{file.stem}-{slug(prompt)}"
         place.mkdir(parents=True, exist_ok=True)
         for number, picture in enumerate(pictures):
@@ -77,14 +89,14 @@ def _draw(
     prompt: str,
     resolution: int,
     options: GenerateOptions,
-    control_scale: float,
+    use: ControlUse,
 ) -> list[Image.Image]:
     pictures: list[Image.Image] = []
     for seeds in chunks(range(options.seed, options.seed + options.num), options.batch_size):
         pictures += pipeline(
             prompt,
             control,
-            control_scale=control_scale,
+            **asdict(use),
             negative_prompt=options.negative_prompt,
             height=resolution,
             width=resolution,

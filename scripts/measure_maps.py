@@ -2,10 +2,12 @@
 
     python scripts/measure_maps.py --json benchmarks/tiny_maps.json --picture docs/maps.png
 
-Each method is trained and scored with the command line as it stands; what is finished is not done again.
+Each method is trained and scored with the command line as it stands, once with the control in both halves of guidance, as
+in the paper, and once with `--guide-control`; what is finished is not done again.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +24,8 @@ TRAINING = (
     "--base tiny --dataset tiny --steps 800 --learning-rate 5e-3 --encoder-learning-rate 5e-3 --debiased-estimation "
     "--mixed-precision bf16 --eval-every 200"
 )
-SCORING = "--num-maps 300 --steps 20 --guidance-scale 3 --batch-size 10"
+SCORING = "--num-maps 300 --steps 20 --batch-size 10"
+GUIDANCE = {"as in the paper": "--guidance-scale 3", "guided": "--guidance-scale 4 --guide-control"}
 BESIDE = "--shuffle-maps --without-control --real"  # of ETHER+ only: what it says of `none` is the same
 KEPT = ("mean", "low", "high")
 SHOWN = 8
@@ -38,23 +41,34 @@ def main(
     """Train and score each method; print its scores, and those of what stands beside."""
     quiet_libraries()
     names = methods or ["ether+", "none"]
-    rows = {name: _measure(name, runs / f"maps-{name}", BESIDE if name == "ether+" else "") for name in names}
-    text = json.dumps({"training": TRAINING, "scoring": SCORING, "methods": rows}, indent=2)
+    figures: dict[str, Any] = {"training": TRAINING, "scoring": SCORING, "guidance": GUIDANCE}
+    for how in GUIDANCE:
+        figures[how] = {name: _measure(name, runs / f"maps-{name}", how) for name in names}
+    text = json.dumps(figures, indent=2)
     say(text)
     if json_file:
         json_file.write_text(text + "\n", encoding="utf-8")
     if picture:
-        _sheet(runs / f"maps-{names[0]}").save(picture)
+        _sheet(_guided(runs / f"maps-{names[0]}")).save(picture)
 
 
-def _measure(name: str, run: Path, beside: str) -> dict[str, Any]:
+def _measure(name: str, run: Path, how: str) -> dict[str, Any]:
     if not (run / "control_encoder.sha256.json").exists():
         _etherdiff("train-s2i", "--method", name, "--output", str(run), *TRAINING.split())
+    if how == "guided":  # a run folder holds one set of scores
+        run, trained = _guided(run), run
+        if not run.exists():
+            shutil.copytree(trained, run, ignore=shutil.ignore_patterns("eval", "checkpoints"))
     if not (run / "eval" / "metrics.json").exists():
-        _etherdiff("eval", str(run), *SCORING.split(), *beside.split())
+        beside = BESIDE if name == "ether+" else ""
+        _etherdiff("eval", str(run), *SCORING.split(), *GUIDANCE[how].split(), *beside.split())
     result = json.loads((run / "eval" / "metrics.json").read_text(encoding="utf-8"))
     sets = {"images": result, **result.get("beside", {})}
     return {name: {score: {key: one[key] for key in KEPT} for score, one in of["scores"].items()} for name, of in sets.items()}
+
+
+def _guided(run: Path) -> Path:
+    return run.with_name(f"{run.name}-guided")
 
 
 def _etherdiff(*arguments: str) -> None:

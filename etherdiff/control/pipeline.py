@@ -68,12 +68,18 @@ class HintEncoder(ModelMixin, ConfigMixin):
 
 
 @contextmanager
-def added_hint(unet: Any, hint: Tensor | None) -> Iterator[None]:
-    """Within, the output of the UNet's `conv_in` has the hint (B, C, h, w) added; a batch of k B gets it k times over."""
+def added_hint(unet: Any, hint: Tensor | None, guided: bool = False) -> Iterator[None]:
+    """Within, the output of the UNet's `conv_in` has the hint (B, C, h, w) added; a batch of k B gets it k times over.
+
+    guided: of a batch of 2 B, as classifier-free guidance makes it, the first half, to be steered away from, gets none.
+    """
 
     def add(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         assert hint is not None
-        return output + hint.to(output.dtype).repeat(len(output) // len(hint), 1, 1, 1)
+        hints = hint.to(output.dtype).repeat(len(output) // len(hint), 1, 1, 1)
+        if guided and len(hints) == 2 * len(hint):
+            hints[: len(hint)] = 0
+        return output + hints
 
     if hint is None:
         yield
@@ -121,7 +127,15 @@ class StableDiffusionS2IPipeline(StableDiffusionPipeline):
         )
 
     @torch.no_grad()
-    def __call__(self, prompt: Any = None, control_image: Any = None, *, control_scale: float = 1.0, **options: Any) -> Any:
+    def __call__(
+        self,
+        prompt: Any = None,
+        control_image: Any = None,
+        *,
+        control_scale: float = 1.0,
+        guide_control: bool = False,
+        **options: Any,
+    ) -> Any:
         """Draw what the prompts say where the control images say.
 
         Args:
@@ -129,6 +143,8 @@ class StableDiffusionS2IPipeline(StableDiffusionPipeline):
             control_image: PIL image, array or tensor (B, 3, H, W) in [0, 1], or a list of them: one for all prompts, or one
                 for each. None: no control.
             control_scale: multiplies the hint; 0 is no control.
+            guide_control: guidance strengthens the control too: the unconditional half of a step is drawn without the hint,
+                and not with it as in the paper's protocol.
 
         Raises:
             ValueError: neither one control image nor one for each prompt.
@@ -146,7 +162,7 @@ class StableDiffusionS2IPipeline(StableDiffusionPipeline):
         encoder = self.hint_encoder
         hint = control_scale * encoder(control.to(self._execution_device, encoder.dtype))
         hint = hint.expand(prompts, -1, -1, -1).repeat_interleave(options.get("num_images_per_prompt") or 1, 0)
-        with added_hint(self.unet, hint):
+        with added_hint(self.unet, hint, guide_control):
             return super().__call__(prompt, height=height, width=width, **options)
 
     def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> None:

@@ -98,7 +98,8 @@ def subject_options(scoring: SubjectScoring) -> EvalOptions:
 
 def control_options(scoring: ControlScoring) -> ControlOptions:
     """As `etherdiff eval` makes them of its command line."""
-    given = scoring.common_options() | {name: getattr(scoring, name) for name in ("shuffle_maps", "without_control", "real")}
+    same = ("guide_control", "shuffle_maps", "without_control", "real")
+    given = scoring.common_options() | {name: getattr(scoring, name) for name in same}
     if scoring.guidance_scale is not None:
         given["guidance_scale"] = scoring.guidance_scale
     return ControlOptions(num_maps=scoring.num_maps, **given)

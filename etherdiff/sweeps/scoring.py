@@ -63,6 +63,7 @@ class ControlScoring(Scoring):
 
     num_maps: int | None = None
     guidance_scale: float | None = None
+    guide_control: bool = False
     shuffle_maps: bool = False
     without_control: bool = False
     real: bool = False

@@ -32,9 +32,8 @@ def pipeline(model):
 
 def draw(pipeline, prompts, control=None, seeds=(0,), **options):
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return pipeline(
-        prompts, control, generator=generators, num_inference_steps=STEPS, guidance_scale=3.0, output_type="np", **options
-    ).images
+    usual = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "np"}
+    return pipeline(prompts, control, generator=generators, **(usual | options)).images
 
 
 def maps(count, side=64):
@@ -116,23 +115,46 @@ class _Biased(nn.Module):
         self.conv_in, self.hint = conv_in, hint
 
     def forward(self, x):
-        return self.conv_in(x) + torch.cat([self.hint] * (len(x) // len(self.hint)))
+        return self.conv_in(x) + self.hint
 
 
-def test_both_branches_of_guidance_get_the_hint_after_conv_in(model):
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_hint_comes_after_conv_in_in_both_branches_of_guidance_or_in_the_prompts_alone(model, guided):
     unet = model.unet
     latents, text = torch.randn(4, 4, 16, 16), torch.randn(4, 77, unet.config.cross_attention_dim)
     hint = torch.randn(2, unet.config.block_out_channels[0], 16, 16)
-    with torch.no_grad(), added_hint(unet, hint):
+    with torch.no_grad(), added_hint(unet, hint, guided):
         found = unet(latents, 500, text).sample
     plain = unet.conv_in
     try:
-        unet.conv_in = _Biased(plain, hint)
+        unet.conv_in = _Biased(plain, torch.cat([hint * (not guided), hint]))
         with torch.no_grad():
             expected = unet(latents, 500, text).sample
     finally:
         unet.conv_in = plain
     torch.testing.assert_close(found, expected)
+
+
+def test_guided_control_is_what_guidance_makes_of_the_two_predictions(model, pipeline):
+    """One step of DDIM by hand: w times the way from the plain base without a prompt to the prompt with its hint."""
+    latents, scale = torch.randn(1, 4, 16, 16), 4.0
+    texts = [pipeline.encode_prompt(text, "cpu", 1, False)[0] for text in ("", "a red ball")]
+    pipeline.scheduler.set_timesteps(1)
+    (step,) = pipeline.scheduler.timesteps
+    with torch.no_grad():
+        free = model.unet(latents, step, texts[0]).sample
+        with added_hint(model.unet, pipeline.hint_encoder(maps(1))):
+            bound = model.unet(latents, step, texts[1]).sample
+    expected = pipeline.scheduler.step(free + scale * (bound - free), step, latents).prev_sample
+    options = {"latents": latents, "num_inference_steps": 1, "guidance_scale": scale, "output_type": "latent"}
+    found = pipeline("a red ball", maps(1), guide_control=True, **options).images
+    torch.testing.assert_close(found, expected)
+    assert (pipeline("a red ball", maps(1), **options).images - expected).abs().max() > 0.01
+
+
+def test_without_guidance_there_is_no_control_to_guide(pipeline):
+    plain, guided = (draw(pipeline, "a red ball", maps(1), guidance_scale=1.0, guide_control=on) for on in (False, True))
+    assert np.array_equal(plain, guided)
 
 
 def test_the_hint_is_gone_afterwards_whatever_happens(model):
