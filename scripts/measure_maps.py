@@ -21,12 +21,12 @@ from etherdiff.images import contact_sheet, read_image
 from etherdiff.ui import quiet_libraries, say
 
 TRAINING = (
-    "--base tiny --dataset tiny --steps 800 --learning-rate 5e-3 --encoder-learning-rate 5e-3 --debiased-estimation "
-    "--mixed-precision bf16 --eval-every 200"
+    "--base tiny --dataset tiny --steps 800 --batch-size 16 --lr-schedule cosine --learning-rate 5e-3 "
+    "--encoder-learning-rate 5e-3 --debiased-estimation --mixed-precision bf16 --eval-every 200"
 )
 SCORING = "--num-maps 300 --steps 20 --batch-size 10"
 GUIDANCE = {"as in the paper": "--guidance-scale 3", "guided": "--guidance-scale 4 --guide-control"}
-BESIDE = "--shuffle-maps --without-control --real"  # of ETHER+ only: what it says of `none` is the same
+BESIDE = "--shuffle-maps --without-control --real"  # of ETHER+ guided only: what it says of the others is the same
 KEPT = ("mean", "low", "high")
 SHOWN = 8
 ENLARGED = 2
@@ -60,7 +60,7 @@ def _measure(name: str, run: Path, how: str) -> dict[str, Any]:
         if not run.exists():
             shutil.copytree(trained, run, ignore=shutil.ignore_patterns("eval", "checkpoints"))
     if not (run / "eval" / "metrics.json").exists():
-        beside = BESIDE if name == "ether+" else ""
+        beside = BESIDE if (name, how) == ("ether+", "guided") else ""
         _etherdiff("eval", str(run), *SCORING.split(), *GUIDANCE[how].split(), *beside.split())
     result = json.loads((run / "eval" / "metrics.json").read_text(encoding="utf-8"))
     sets = {"images": result, **result.get("beside", {})}
