@@ -435,6 +435,10 @@ def table(
     best: Annotated[
         str | None, typer.Option(metavar="KEY", help="per row its best value by the first score, and how wide good ones are")
     ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option(help="how much of a row's best is good enough for --best [default: 0.9]".replace("[", "\\[")),
+    ] = None,
     format: Annotated[  # noqa: A002
         str | None, typer.Option(help="text, markdown, csv or html [default: as --output ends, else text]".replace("[", "\\["))
     ] = None,
@@ -447,7 +451,8 @@ def table(
     from etherdiff.results.tables import TableOptions, make_table
 
     written = formats.find_format(format, output)
-    found = make_table(paths, TableOptions(_listed(rows), _listed(columns) if columns else None, best, with_paper, anyway))
+    shown = _listed(columns) if columns else None
+    found = make_table(paths, TableOptions(_listed(rows), shown, best, share, with_paper, anyway))
     formats.show(found, written, output)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SHARE = 0.9
-"""Of the best score that has to be kept."""
+"""Of the best score that has to be kept, unless another is asked for."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,12 @@ class Plateau:
         return self.open_low or self.open_high
 
 
-def find_plateau(points: Sequence[tuple[float, float | None]], higher_is_better: bool = True) -> Plateau | None:
+def find_plateau(
+    points: Sequence[tuple[float, float | None]], higher_is_better: bool = True, share: float = SHARE
+) -> Plateau | None:
     """The range around the best score in which the score stays good enough without a break.
 
-    Good enough is `SHARE` of the best or more; for scores of which lower is better, the best over `SHARE` or less. Between two
+    Good enough is `share` of the best or more; for scores of which lower is better, the best over `share` or less. Between two
     settings that were tried the score is taken to run straight over the logarithm of the setting.
 
     Args:
@@ -48,7 +50,7 @@ def find_plateau(points: Sequence[tuple[float, float | None]], higher_is_better:
     best_at, best = (max if higher_is_better else min)(known, key=lambda point: point[1])
     if best <= 0:
         return None
-    limit = best * SHARE if higher_is_better else best / SHARE
+    limit = best * share if higher_is_better else best / share
     place = next(number for number, (at, _) in enumerate(points) if at == best_at)
     high, open_high = _end(points[place:], limit, higher_is_better)
     low, open_low = _end(points[place::-1], limit, higher_is_better)

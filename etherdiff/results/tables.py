@@ -27,6 +27,8 @@ class TableOptions:
     """None: the paper's, for the runs' task."""
     best: str | None = None
     """A key of which each row shows its best value's runs, and how wide the good values are."""
+    share: float | None = None
+    """Of a row's best score that counts as good with `best`; above 0, at most 1; None: `SHARE`."""
     paper: bool = True
     anyway: bool = False
     """Whether scores that were computed otherwise may stand in the table, marked."""
@@ -123,6 +125,10 @@ def _refuse_keys(collection: Collection, options: TableOptions) -> None:
             problems.append(f"--best {options.best}: it is what a row is made of already (--rows)")
         if not problems:
             problems += setting_problems(options.best, runs)
+    elif options.share is not None:
+        problems.append("--share: it is of the best, so say with --best of which key")
+    if options.share is not None and not 0 < options.share <= 1:
+        problems.append(f"--share: must be above 0 and at most 1, not {options.share:g}")
     if len(tasks := {run.task: run for run in runs}) > 1:
         told = " and ".join(f"{run.folder.path} ({task})" for task, run in tasks.items())
         problems.append(f"a table is of one task, but there are {told}: give the folders of one of them")
@@ -235,7 +241,8 @@ def _best_row(
     best = (max if higher else min)(found, key=lambda setting: found[setting], default=None)
     if best is None:  # every setting has failed
         return Row(values, runs, {}, left_out=len(lost))
-    return _row(values, by_setting[best], names, numbers, collection, options, (best, find_plateau(points, higher)))
+    plateau = find_plateau(points, higher, options.share or SHARE)
+    return _row(values, by_setting[best], names, numbers, collection, options, (best, plateau))
 
 
 def _beside(
@@ -296,8 +303,8 @@ def _remarks(rows: Sequence[Row], scores: Sequence[str], options: TableOptions, 
 def _of_best(options: TableOptions, scores: Sequence[str]) -> str:
     return (
         f"of each row, the runs with the best {options.best} by {scores[0]}, chosen on these very scores; decades: the width "
-        f"around it in which {scores[0]} is {SHARE:.0%} of the row's own best or better (straight lines over the logarithm "
-        "between values that were tried; ≥ where it still was at the end of what was tried)"
+        f"around it in which {scores[0]} is {options.share or SHARE:.0%} of the row's own best or better (straight lines over "
+        "the logarithm between values that were tried; ≥ where it still was at the end of what was tried)"
     )
 
 

@@ -179,6 +179,8 @@ def test_other_versions_of_libraries_are_only_told(sweep):
     ({"best": "method"}, "--best method: it is what a row is made of already"),
     ({"best": "subject"}, "--best subject: needs numbers above 0, not"),
     ({"best": "learning_rate", "columns": ("trainable_parameters",)}, "--best: needs a score among --columns"),
+    ({"share": 0.5}, "--share: it is of the best"),
+    ({"share": 1.5, "best": "learning_rate"}, "--share: must be above 0 and at most 1, not 1.5"),
 ])  # fmt: skip
 def test_what_is_asked_for_wrongly_is_refused(sweep, options, said):
     with pytest.raises(UserError) as raised:
@@ -254,6 +256,14 @@ def test_per_row_the_best_rate_and_how_wide_the_good_ones_are(rates):
     # 0.81 lies three tenths of the way from 0.9 down to 0.6; at 0.01 it diverged
     assert oft.plateau.decades == pytest.approx(0.3)
     assert not oft.plateau.is_lower_bound
+
+
+def test_how_much_of_the_best_is_good_enough_can_be_said(rates):
+    table = table_of(rates, columns=("dino",), best="learning_rate", share=0.75)
+    # 0.75 lies half of the way from 1.0 down to 0.5; 0.8 at the end of what was tried is good enough
+    assert row(table, "ether+").plateau.decades == pytest.approx(2 + 1 / 2)
+    assert row(table, "ether+").plateau.open_high
+    assert "75% of the row's own best" in as_markdown(table)
 
 
 def test_a_rate_at_which_one_run_of_several_diverged_is_not_held_for_good(rates):
