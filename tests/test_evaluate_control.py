@@ -150,7 +150,7 @@ def test_images_lie_by_pair_and_seed_and_say_how_they_were_made(run, pipeline):
     expected = {"prompt": "a scene with number 1", "seed": 6, "sampler": "DDIM", "steps": 50, "guidance_scale": 9.0}
     assert said == said | expected | {"control": "the pair's own", "run_sha256": result["run"]["weights_sha256"]}
     assert [call[0] for call in pipeline.calls] == [[f"a scene with number {n}" for n in part] for part in (range(3), [3])]
-    assert pipeline.calls[0][2] == {"num_inference_steps": 50, "guidance_scale": 9.0}
+    assert pipeline.calls[0][2] == {"num_inference_steps": 50, "guidance_scale": 9.0, "guide_control": False}
     sheet = Image.open(run / "eval/sheet.png")
     assert sheet.height > 4 * 128
     assert set(json.loads((run / "eval/cost.json").read_text())["seconds"]) == {"load", "images", "real_images", "score"}
@@ -262,6 +262,7 @@ def test_images_of_other_settings_are_not_taken(run, pipeline):
     for changes, why in [
         ({"steps": 3}, "steps: 50, here 3"),
         ({"guidance_scale": 2.0}, "guidance_scale: 9.0, here 2.0"),
+        ({"guide_control": True}, "guide_control"),
         ({"seed": 1}, r"seeds\.first: 0, here 1"),
         ({"num_maps": 6}, r"seeds\.n: 5, here 6"),
     ]:
@@ -446,7 +447,7 @@ def test_the_command_judges_a_run_by_its_task(run, pipeline, monkeypatch, capsys
     result = json.loads(capsys.readouterr().out)
     assert result["scores"]["miou"]["n"] == 3
     assert set(result["beside"]) == {"shuffled_images"}
-    assert pipeline.calls[0][2] == {"num_inference_steps": 2, "guidance_scale": 9.0}
+    assert pipeline.calls[0][2] == {"num_inference_steps": 2, "guidance_scale": 9.0, "guide_control": False}
     assert not command(monkeypatch, run, "--num-maps", 3, "--metrics", "miou", "--device", "cpu", "--steps", 2)
     assert "miou" in capsys.readouterr().out
 
