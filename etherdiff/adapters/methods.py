@@ -166,10 +166,9 @@ def add_adapter(unet: UNet2DConditionModel, name: str, options: MethodOptions, s
         _check_blocks(unet, options)
     unet.requires_grad_(False)
     config = method.config(options)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), quiet_boft():
         torch.manual_seed(seed)
-        with quiet_boft():
-            return get_peft_model(unet, config)
+        return get_peft_model(unet, config)
 
 
 def _check_blocks(unet: UNet2DConditionModel, options: MethodOptions) -> None:

@@ -33,6 +33,11 @@ class TableOptions:
     anyway: bool = False
     """Whether scores that were computed otherwise may stand in the table, marked."""
 
+    @property
+    def good_share(self) -> float:
+        """Of a row's best score: the share asked for, or the usual one."""
+        return self.share or SHARE
+
 
 @dataclass(frozen=True)
 class Row:
@@ -241,7 +246,7 @@ def _best_row(
     best = (max if higher else min)(found, key=lambda setting: found[setting], default=None)
     if best is None:  # every setting has failed
         return Row(values, runs, {}, left_out=len(lost))
-    plateau = find_plateau(points, higher, options.share or SHARE)
+    plateau = find_plateau(points, higher, options.good_share)
     return _row(values, by_setting[best], names, numbers, collection, options, (best, plateau))
 
 
@@ -303,7 +308,7 @@ def _remarks(rows: Sequence[Row], scores: Sequence[str], options: TableOptions, 
 def _of_best(options: TableOptions, scores: Sequence[str]) -> str:
     return (
         f"of each row, the runs with the best {options.best} by {scores[0]}, chosen on these very scores; decades: the width "
-        f"around it in which {scores[0]} is {options.share or SHARE:.0%} of the row's own best or better (straight lines over "
+        f"around it in which {scores[0]} is {options.good_share:.0%} of the row's own best or better (straight lines over "
         "the logarithm between values that were tried; ≥ where it still was at the end of what was tried)"
     )
 
