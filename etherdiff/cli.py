@@ -335,6 +335,7 @@ def eval_command(
     """Draw a run's prompts, with their maps where it is controllable, and score the images, with intervals."""
     from etherdiff import evaluate as e
     from etherdiff import evaluate_control as c
+    from etherdiff.runfolder import RunFolder
 
     common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "device": device, "preset": preset}
     common |= {"backbones": tuple(backbone or ()), "overwrite": overwrite}
@@ -359,7 +360,7 @@ def eval_command(
     }
     is_controlled = c.is_control_run(run)
     misplaced = [f"--{name}" for name, given in (of_subjects if is_controlled else of_control).items() if given]
-    if misplaced:
+    if misplaced and RunFolder(run).settings.is_file():
         task, other = ("train-s2i", "train-dreambooth") if is_controlled else ("train-dreambooth", "train-s2i")
         raise UserError(f"{run} is a run of {task}, and {', '.join(misplaced)} is for runs of {other}")
     if is_controlled:

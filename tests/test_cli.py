@@ -140,6 +140,8 @@ REFUSED = {
     ),
     "bad device": (["generate", "--base", "tiny", "--prompt", "x", "--output", "{new}", "--device", "gpu"], ["device: "]),
     "missing adapter": (["generate", "--base", "tiny", "--adapter", NOWHERE, "--prompt", "x", "--output", "{new}"], [NOWHERE]),
+    "eval nothing": (["eval", NOWHERE], [f"{NOWHERE} is not a run folder"]),
+    "eval nothing as if it were controllable": (["eval", NOWHERE, "--num-maps", "3"], [f"{NOWHERE} is not a run folder"]),
     "merge nothing": (["merge", NOWHERE, "--output", "{new}"], [f"{NOWHERE} is not a run folder"]),
     "merge an unfinished run": (["merge", "{bare}", "--output", "{new}"], ["no adapter"]),
     "bad dtype": (["merge", "{bare}", "--output", "{new}", "--dtype", "fp8"], ["fp8", "fp16"]),
