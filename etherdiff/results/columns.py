@@ -29,7 +29,8 @@ class Column:
 def column(name: str) -> Column:
     """The quantity of a name that `column_problems` has nothing against."""
     if name in FACTS:
-        return Column(name, FACTS[name].label, False, None, FACTS[name].unit)
+        entry = FACTS[name]
+        return Column(name, entry.label, False, entry.higher_is_better, entry.unit)
     base = name.removesuffix(HELD_OUT)
     label = NAMES.get(base, base.replace("_", " ")) + (", held-out images" if name != base else "")
     return Column(name, label, True, METRICS[base].higher_is_better)

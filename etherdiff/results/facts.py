@@ -49,6 +49,8 @@ class Fact:
     """Whether it is counted rather than measured."""
     unit: float = 1
     """What people read it in; CSV has it as it is."""
+    higher_is_better: bool | None = None
+    """None for what is neither good nor bad."""
 
 
 def fact(run: Run, name: str) -> float | None:
@@ -145,6 +147,14 @@ def _seconds_per_step(run: Run) -> float:
         raise UserError(f"cost.json cannot be read ({error!r})") from error
 
 
+def _validation_loss(run: Run) -> float:
+    """The last that was logged. Runs with the same images, seed and loss weights compare: all draw the same noise."""
+    logged = [loss for row in run.curves if (loss := row.get("validation_loss")) is not None]
+    if not logged:
+        raise UserError("it logged no validation loss")
+    return float(logged[-1])
+
+
 # --- Measured on the weights -----------------------------------------------------------------------------------------
 
 
@@ -211,6 +221,7 @@ FACTS: dict[str, Fact] = {
     "trainable_parameters": Fact("trainable parameters", _trainable_parameters, keep=False, exact=True),
     "step_flops": Fact("GFLOP per step", _step_flops, exact=True, unit=1e9),
     "seconds_per_step": Fact("seconds per step", _seconds_per_step, keep=False),
+    "validation_loss": Fact("validation loss", _validation_loss, keep=False, higher_is_better=False),
     "transformation_distance": Fact("transformation distance ‖T − I‖", _transformation_distance),
     "weight_distance": Fact("weight distance ‖W′ − W‖", _weight_distance),
     "energy_difference": Fact("hyperspherical energy, relative change", lambda run: _energy_difference(run, False)),

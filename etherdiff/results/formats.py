@@ -221,7 +221,7 @@ def _cell_text(column: Column, cell: Cell | None) -> str:
     mark = "*" if cell.differs else ""
     if column.name in FACTS and FACTS[column.name].exact:
         return f"{cell.mean / column.unit:,.{0 if column.unit == 1 else 1}f}{mark}"
-    written = _score if column.is_score else short
+    written = short if column.higher_is_better is None else _score
     interval = "" if cell.low is None or cell.high is None else f" [{written(cell.low)}, {written(cell.high)}]"
     return f"{written(cell.mean)}{mark}{interval}"
 

@@ -100,8 +100,9 @@ def make_table(paths: Sequence[Path], options: TableOptions) -> Table:
     names = list(named) if named is not None else usual_columns(runs)
     scores = [name for name in names if is_score(name)]
     checked = check_identities(runs, scores, options.anyway)
-    if options.best is not None and not scores:
-        raise UserError("--best: needs a score among --columns to choose by")
+    judged = [name for name in names if column(name).higher_is_better is not None]
+    if options.best is not None and not judged:
+        raise UserError("--best: needs a score among --columns to choose by, or validation_loss")
     groups = group(runs, options.rows)
     averaged = (*options.rows, *([options.best] if options.best else []))
     refuse_mixtures(group(runs, averaged), averaged, "rows")
@@ -110,10 +111,10 @@ def make_table(paths: Sequence[Path], options: TableOptions) -> Table:
     if options.best is None:
         rows = [_row(values, of, names, numbers, collection, options) for values, of in groups.items()]
     else:
-        rows = [_best_row(values, of, names, scores[0], numbers, collection, options) for values, of in groups.items()]
+        rows = [_best_row(values, of, names, judged[0], numbers, collection, options) for values, of in groups.items()]
     shows_paper = frozenset(name for row in rows for name in row.paper)
     rows = [*_beside(runs, names, numbers, options, shows_paper), *rows]
-    remarks = [*_remarks(rows, scores, options, runs), *numbers.remarks()]
+    remarks = [*_remarks(rows, judged, options, runs), *numbers.remarks()]
     columns = [column(name) for name in names]
     return Table(options.rows, columns, rows, remarks, collection.left_out, options.best, shows_paper)
 
@@ -229,20 +230,20 @@ def _best_row(
     values: tuple[Value, ...],
     runs: list[Run],
     names: Sequence[str],
-    score: str,
+    by: str,
     numbers: Numbers,
     collection: Collection,
     options: TableOptions,
 ) -> Row:
-    """The runs of the setting with the best score; a setting at which a run diverged counts as failed."""
+    """The runs of the setting that is best `by` a column; a setting at which a run diverged counts as failed."""
     assert options.best is not None
     by_setting = {setting: of for (setting,), of in group(runs, (options.best,)).items()}
     lost = lost_of(collection, options.rows, values)
     failed = {value_of(one.run, options.best) for one in lost if one.diverged and one.run}
-    pooled = {setting: pool_scores(of, score) for setting, of in by_setting.items()}
+    pooled = {setting: pool_scores(of, by) if is_score(by) else numbers.cell(of, by) for setting, of in by_setting.items()}
     found = {setting: cell.mean for setting, cell in pooled.items() if cell is not None and setting not in failed}
     points = [(float(setting), found.get(setting)) for setting in sorted({*pooled, *filter(_is_positive, failed)})]
-    higher = bool(column(score).higher_is_better)
+    higher = bool(column(by).higher_is_better)
     best = (max if higher else min)(found, key=lambda setting: found[setting], default=None)
     if best is None:  # every setting has failed
         return Row(values, runs, {}, left_out=len(lost))
@@ -295,9 +296,9 @@ def _with_scores(run: Run, result: Any) -> Run | None:
 # --- What a reader has to know ---------------------------------------------------------------------------------------
 
 
-def _remarks(rows: Sequence[Row], scores: Sequence[str], options: TableOptions, runs: Sequence[Run]) -> list[str]:
+def _remarks(rows: Sequence[Row], judged: Sequence[str], options: TableOptions, runs: Sequence[Run]) -> list[str]:
     remarks = [
-        _of_best(options, scores) if options.best else "",
+        _of_best(options, judged[0]) if options.best else "",
         _of_intervals([row for row in rows if not row.beside]),
         _of_subjects([row for row in rows if not row.beside]),
         _of_paper(rows, runs[0].task),
@@ -305,10 +306,16 @@ def _remarks(rows: Sequence[Row], scores: Sequence[str], options: TableOptions, 
     return [remark for remark in remarks if remark]
 
 
-def _of_best(options: TableOptions, scores: Sequence[str]) -> str:
+def _of_best(options: TableOptions, by: str) -> str:
+    higher = column(by).higher_is_better
+    good = (
+        f"{options.good_share:.0%} of the row's own best or better"
+        if higher
+        else (f"the row's own best / {options.good_share:g} or less")
+    )
     return (
-        f"of each row, the runs with the best {options.best} by {scores[0]}, chosen on these very scores; decades: the width "
-        f"around it in which {scores[0]} is {options.good_share:.0%} of the row's own best or better (straight lines over "
+        f"of each row, the runs with the best {options.best} by {by}, chosen on these very numbers; decades: the width "
+        f"around it in which {by} is {good} (straight lines over "
         "the logarithm between values that were tried; ≥ where it still was at the end of what was tried)"
     )
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from eval_runs import build_run
 from peft import get_peft_model
-from synthetic_runs import write_run
+from synthetic_runs import write_curve, write_run
 
 from etherdiff.adapters.io import load_adapter, merge_adapter, save_adapter
 from etherdiff.adapters.methods import ATTENTION, MethodOptions, add_adapter, magnitude_config, trainable_parameters
@@ -87,6 +87,14 @@ def test_flops_are_those_of_a_step_with_its_class_images(runs):
     config = runs["lora"].config.model_copy(update={"gradient_accumulation": 3, "resolution": 64})
     counted = inspect_base("tiny", methods=["lora"], resolution=64, batch_size=2)["methods"]["lora"]["step_flops"]
     assert FACTS["step_flops"].of(replace(runs["lora"], config=config)) == 3 * counted
+
+
+def test_the_validation_loss_is_the_last_that_was_logged(tmp_path):
+    run = write_run(tmp_path / "run")
+    with pytest.raises(UserError, match="no validation loss"):
+        fact(read(run), "validation_loss")
+    write_curve(run, [{"step": 1, "validation_loss": 0.3}, {"step": 2, "validation_loss": 0.2}, {"step": 3, "loss": 0.1}])
+    assert fact(read(run), "validation_loss") == 0.2
 
 
 def test_seconds_per_step_are_those_of_a_steps_images(tmp_path):

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 from scipy import stats
-from synthetic_runs import change_result, score, write_run, write_scores, write_state
+from synthetic_runs import change_result, score, write_curve, write_run, write_scores, write_state
 
 from etherdiff.config import PerturbConfig
 from etherdiff.errors import UserError
@@ -278,6 +278,18 @@ def test_where_the_grid_ends_the_width_is_a_lower_bound(rates):
     table = table_of(rates, columns=("dino",), best="learning_rate")
     assert row(table, "oft").plateau.open_high
     assert "≥ 0.3 (5.0e-04 to ≥ 0.001)" in as_markdown(table)
+
+
+def test_the_best_rate_can_be_that_of_the_lowest_validation_loss(tmp_path):
+    for place, (loss, value) in enumerate([(0.4, 0.9), (0.2, 0.5), (0.25, 0.7)]):
+        run = write_run(tmp_path / f"{place}", {"dino": value}, method="ether+", learning_rate=10.0 ** (place - 4))
+        write_curve(run, [{"step": 300, "validation_loss": loss}])
+    table = table_of(tmp_path, columns=("validation_loss", "dino"), best="learning_rate", share=0.8)
+    best = row(table, "ether+")
+    assert (best.best, best.cells["validation_loss"].mean, best.cells["dino"].mean) == (1e-3, 0.2, 0.5)
+    # 0.2 / 0.8 = 0.25: a quarter of the way from 0.2 up to 0.4, and just so at the end of what was tried
+    assert (best.plateau.decades, best.plateau.open_high) == (pytest.approx(1 + 1 / 4), True)
+    assert any("by validation_loss" in remark and "best / 0.8 or less" in remark for remark in table.remarks)
 
 
 # --- Formats ---------------------------------------------------------------------------------------------------------
