@@ -27,6 +27,7 @@ from etherdiff.errors import UserError
 from etherdiff.files import file_hash, write_text
 from etherdiff.inspection import training_estimate
 from etherdiff.models import find_base, fingerprint, load_base
+from etherdiff.report.curves import points
 from etherdiff.results.runs import Run
 from etherdiff.runfolder import manifest_of
 from etherdiff.train.plan import method_options
@@ -149,10 +150,11 @@ def _seconds_per_step(run: Run) -> float:
 
 def _validation_loss(run: Run) -> float:
     """The last that was logged. Runs with the same images, seed and loss weights compare: all draw the same noise."""
-    logged = [loss for row in run.curves if (loss := row.get("validation_loss")) is not None]
+    logged = points(run.curves, "validation_loss")
     if not logged:
         raise UserError("it logged no validation loss")
-    return float(logged[-1])
+    _, loss = logged[-1]
+    return loss
 
 
 # --- Measured on the weights -----------------------------------------------------------------------------------------

@@ -307,12 +307,9 @@ def _remarks(rows: Sequence[Row], judged: Sequence[str], options: TableOptions, 
 
 
 def _of_best(options: TableOptions, by: str) -> str:
-    higher = column(by).higher_is_better
-    good = (
-        f"{options.good_share:.0%} of the row's own best or better"
-        if higher
-        else (f"the row's own best / {options.good_share:g} or less")
-    )
+    at_least = f"{options.good_share:.0%} of the row's own best or better"
+    at_most = f"the row's own best / {options.good_share:g} or less"
+    good = at_least if column(by).higher_is_better else at_most
     return (
         f"of each row, the runs with the best {options.best} by {by}, chosen on these very numbers; decades: the width "
         f"around it in which {by} is {good} (straight lines over "
