@@ -137,6 +137,7 @@ def run_loop(
         if config.on_nan == "skip":
             raise
         recorder.checkpoint(state)
+        recorder.record_divergence(state.step + 1)
         raise NotFiniteError(f"{error}; or {how_to_go_on(recorder.run)} --on-nan skip") from error
     recorder.checkpoint(state)
 

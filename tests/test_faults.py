@@ -40,6 +40,7 @@ from etherdiff.files import staged_folder
 from etherdiff.generate import run_source
 from etherdiff.leftovers import aside, clear_leftovers
 from etherdiff.locks import LOCK, run_lock
+from etherdiff.results.runs import LeftOut, read_run
 from etherdiff.run import resume, train_dreambooth
 from etherdiff.train import loop as loop_module
 from etherdiff.train import recorder as recorder_module
@@ -343,11 +344,17 @@ def poison(monkeypatch, step: int) -> None:
     monkeypatch.setattr(DreamBoothData, "batches", poisoned)
 
 
+def is_known_to_have_diverged(run: Path) -> bool:
+    return isinstance(read := read_run(run, scored=True), LeftOut) and read.diverged and "NaN or infinite" in read.why
+
+
 def test_nan_stops_the_run_with_the_last_good_state_kept(tmp_path, monkeypatch):
     poison(monkeypatch, 3)
     with pytest.raises(NotFiniteError, match=r"NaN or infinite at step 4.*lower --learning-rate.*resume .*--on-nan skip"):
         train_dreambooth(small_config(tmp_path / "run", keep=1))
     assert checkpoints(tmp_path / "run") == [2, 3]
+    assert metrics(tmp_path / "run")[-1] == {"step": 4, "loss": None}
+    assert is_known_to_have_diverged(tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "step-000003"
     for name in ("parameters", "optimizer", "ema"):
         assert all(torch.isfinite(tensor).all() for tensor in load_file(last / f"{name}.safetensors").values())
@@ -355,6 +362,7 @@ def test_nan_stops_the_run_with_the_last_good_state_kept(tmp_path, monkeypatch):
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows if row["loss"] is None] == [4]
     assert len(rows) == STEPS
+    assert not is_known_to_have_diverged(tmp_path / "run")
 
 
 def test_nan_is_skipped_as_told_and_says_so(tmp_path, monkeypatch):
@@ -380,6 +388,7 @@ def test_a_rate_that_really_diverges(rate, tmp_path):
     config = small_config(tmp_path / "run", method="lora", learning_rate=rate, lr_schedule="constant", checkpoint_every=1)
     with pytest.raises(RunError, match=r"lower --learning-rate"):
         train_dreambooth(config)
+    assert is_known_to_have_diverged(tmp_path / "run")
     for path in (tmp_path / "run").glob("checkpoints/*/parameters.safetensors"):
         assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
 

@@ -77,6 +77,7 @@ class Recorder:
         if self.saved_at == state.step:
             return
         if not all(torch.isfinite(parameter).all() for parameter in state.parameters.values()):
+            self.record_divergence(state.step + 1)
             raise RunError(
                 f"the weights became NaN or infinite by step {state.step}, so they were not saved; the checkpoints before are "
                 "whole. Start again with a lower --learning-rate"
@@ -88,6 +89,11 @@ class Recorder:
             save_checkpoint(state, self.run.checkpoints, self.accelerator, records)
         self.saved_at = state.step
         self.accelerator.wait_for_everyone()
+
+    def record_divergence(self, step: int) -> None:
+        """Log a step without a loss: by it `table` and `plot` know that the run diverged. A resumed run forgets it."""
+        if self.accelerator.is_main_process:
+            append_metrics(self.run, {"step": step, "loss": None})
 
     def catch_up(self, state: TrainingState) -> None:
         """Draw the samples of the step a run resumes at, if it was stopped while it drew them."""
