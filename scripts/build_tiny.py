@@ -1,4 +1,4 @@
-"""Render the tiny world and train everything that comes with etherdiff: about four hours on 2 cores; stop and go on at will.
+"""Render the tiny world and train everything that comes with etherdiff: about eight hours on 2 cores; stop and go on at will.
 
     python scripts/build_tiny.py            # everything that is not in --output yet, in order
     python scripts/build_tiny.py unet       # one stage, also where it is there
@@ -46,9 +46,9 @@ def main(
         module, function, _ = STAGES[stage]
         build = getattr(importlib.import_module(f"etherdiff.tiny.builder.{module}"), function)
         build(work, output, fraction)
-        if (work / stage / "log.jsonl").exists():
-            curves.mkdir(parents=True, exist_ok=True)
-            shutil.copy(work / stage / "log.jsonl", curves / f"{stage}.jsonl")
+    curves.mkdir(parents=True, exist_ok=True)
+    for log in work.glob("*/log.jsonl"):
+        shutil.copy(log, curves / f"{log.parent.name}.jsonl")
 
 
 if __name__ == "__main__":

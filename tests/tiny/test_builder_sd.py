@@ -127,7 +127,7 @@ def test_latents_are_drawn_from_their_moments(own, monkeypatch):
     assert noise.std() == pytest.approx(1.0, abs=0.01)
     assert timesteps.min() >= 0
     assert 980 < timesteps.max() < 1000
-    assert (timesteps < 500).float().mean() == pytest.approx(0.25, abs=0.06)
+    assert (timesteps < 500).float().mean() == pytest.approx(0.5, abs=0.06)
     assert ids.shape == (600, 77)
 
 

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from etherdiff.tiny.builder.data import SceneSet, scene_set, to_tensor
 from etherdiff.tiny.builder.training import Schedule, train
+from etherdiff.tiny.world import GROUNDS, SKIES
 
-SCHEDULE = Schedule(steps=2_000, learning_rate=1e-3, warmup=200, weight_decay=0.0, ema=0.998, evaluate_every=500)
+SCHEDULE = Schedule(steps=8_000, learning_rate=1e-3, warmup=200, weight_decay=0.0, ema=0.998, evaluate_every=500)
+DECODER_SCHEDULE = Schedule(steps=4_000, learning_rate=5e-4, warmup=200, weight_decay=0.0, ema=0.998, evaluate_every=500)
 BATCH = 16
 SCENES, VALIDATION = 60_000, 256
+THING_WEIGHT = 5.0  # of the pixels of things beside sky and ground: in a few pixels they have most of what is worth keeping
 KL_WEIGHT = 1e-4  # per latent number, beside a mean squared error per colour value: keeps the latents smooth, hardly blurs
 
 
@@ -24,32 +27,53 @@ class Reconstruction(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Squared error (and a little absolute error) of images (B, 3, 64, 64) in [-1, 1], and the KL divergence."""
+    def forward(self, images: Tensor, weights: Tensor) -> Tensor:
+        """Squared error (and a little absolute error) of images (B, 3, 64, 64) in [-1, 1], and the KL divergence.
+
+        `weights` (B, 1, 64, 64) say how much each pixel's error counts.
+        """
         posterior = self.vae.encode(images).latent_dist
         mean, log_variance = posterior.mean.float(), posterior.logvar.float()
         latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
         error = self.vae.decode(latents).sample.float() - images
         divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance)
-        return (error**2).mean() + 0.05 * error.abs().mean() + KL_WEIGHT * divergence.mean()
+        return (weights * (error**2 + 0.05 * error.abs())).mean() + KL_WEIGHT * divergence.mean()
+
+
+class Decoding(nn.Module):
+    """The decoder alone, called on images as well."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae.requires_grad_(False)
+        for part in (vae.post_quant_conv, vae.decoder):
+            part.requires_grad_(True)
+
+    def forward(self, images: Tensor, weights: Tensor) -> Tensor:
+        """Absolute error, weighted: where the latents leave two colours open, it picks one and a squared error mixes them."""
+        with torch.no_grad():
+            latents = self.vae.encode(images).latent_dist.sample()
+        return (weights * (self.vae.decode(latents).sample.float() - images).abs()).mean()
 
 
 def train_autoencoder(work: Path, fraction: float = 1.0) -> AutoencoderKL:
-    """Train (or go on), and set `scaling_factor` so that the scaled latents have unit variance."""
+    """Train (or go on) all of it and then the decoder; set `scaling_factor` so that the scaled latents have unit variance."""
     scenes = scene_set("train", SCENES, work)
     validation = scene_set("validation", VALIDATION, work)
     torch.manual_seed(0)
     vae = make_model()
     vae.set_attn_processor(AttnProcessor())  # torch's fused attention is slow backwards on a CPU
-    trained = train(
-        "autoencoder",
-        Reconstruction(vae).to(memory_format=torch.channels_last),
-        lambda model, rng: model(draw_batch(rng, scenes)),
-        SCHEDULE.shortened(fraction),
-        work,
-        lambda model: {"psnr": psnr(model.vae, validation)},
-        compiled=fraction == 1.0,
-    ).vae
+    trained = vae
+    for name, stage, schedule in (("autoencoder", Reconstruction, SCHEDULE), ("decoder", Decoding, DECODER_SCHEDULE)):
+        trained = train(
+            name,
+            stage(trained).to(memory_format=torch.channels_last),
+            lambda model, rng: model(*draw_batch(rng, scenes)),
+            schedule.shortened(fraction),
+            work,
+            lambda model: {"psnr": psnr(model.vae, validation)},
+            compiled=fraction == 1.0,
+        ).vae
     trained.register_to_config(scaling_factor=round(1 / latent_std(trained, validation), 4))
     return trained
 
@@ -67,11 +91,15 @@ def make_model() -> AutoencoderKL:
     )
 
 
-def draw_batch(rng: np.random.Generator, scenes: SceneSet) -> Tensor:
-    """Scenes (B, 3, 64, 64), half of them mirrored."""
-    images = to_tensor(scenes.images[np.sort(rng.integers(len(scenes.images), size=BATCH))])
+def draw_batch(rng: np.random.Generator, scenes: SceneSet) -> tuple[Tensor, Tensor]:
+    """Scenes (B, 3, 64, 64), half of them mirrored, and their pixels' weights (B, 1, 64, 64)."""
+    chosen = np.sort(rng.integers(len(scenes.images), size=BATCH))
+    images = to_tensor(scenes.images[chosen])
+    things = torch.from_numpy(scenes.segmentations[chosen] >= len(SKIES) + len(GROUNDS))
+    weights = 1 + (THING_WEIGHT - 1) * things[:, None].float()
     mirrored = torch.from_numpy(rng.random(BATCH) < 0.5)[:, None, None, None]
-    return torch.where(mirrored, images.flip(-1), images).contiguous(memory_format=torch.channels_last)
+    images, weights = (torch.where(mirrored, each.flip(-1), each) for each in (images, weights))
+    return images.contiguous(memory_format=torch.channels_last), weights
 
 
 @torch.no_grad()

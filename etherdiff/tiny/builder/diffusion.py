@@ -23,7 +23,7 @@ from etherdiff.tiny.builder.training import Schedule, train
 from etherdiff.tiny.world import GROUNDS, SKIES
 from etherdiff.ui import track
 
-SCHEDULE = Schedule(steps=15_000, learning_rate=1e-3, warmup=200, weight_decay=0.01, ema=0.999, evaluate_every=500)
+SCHEDULE = Schedule(steps=30_000, learning_rate=1e-3, warmup=200, weight_decay=0.01, ema=0.999, evaluate_every=500)
 BATCH = 32
 SCENES, VALIDATION = 40_000, 512
 FORM_SHARES = (0.5, 0.3, 0.2)  # full, loose and short captions
@@ -168,14 +168,14 @@ def _moments(vae: AutoencoderKL, images: NDArray[np.uint8]) -> NDArray[np.float1
 
 
 def draw_batch(rng: np.random.Generator, data: TrainingSet) -> DenoisingBatch:
-    """Scenes at random; the chance of a timestep t grows with t, since what captions tell is decided at high noise."""
+    """Scenes, captions, noise and timesteps at random."""
     chosen = np.sort(rng.integers(len(data.moments), size=BATCH))
     mean, std = torch.from_numpy(data.moments[chosen]).float().chunk(2, 1)
     noise = torch.from_numpy(rng.standard_normal((2, *mean.shape), np.float32))
     forms = rng.choice(len(data.ids), BATCH, p=FORM_SHARES)
     rows = [_caption(rng, data, data.ids[form][index]) for form, index in zip(forms, chosen, strict=True)]
     ids = torch.from_numpy(np.stack(rows).astype(np.int64))
-    timesteps = torch.from_numpy((1000 * np.sqrt(rng.random(BATCH))).astype(np.int64))
+    timesteps = torch.from_numpy(rng.integers(1000, size=BATCH))
     return DenoisingBatch(mean + std * noise[0], noise[1], timesteps, ids, place_weights(data.segmentations[chosen]))
 
 

@@ -73,7 +73,8 @@ def halve(path: Path) -> None:
 
 
 def _write_card(model: Denoiser, vae: AutoencoderKL, work: Path, folder: Path, fraction: float) -> None:
-    steps = [module.SCHEDULE.shortened(fraction).steps for module in (autoencoder, diffusion)]
+    schedules = (autoencoder.SCHEDULE, autoencoder.DECODER_SCHEDULE, diffusion.SCHEDULE)
+    steps = [schedule.shortened(fraction).steps for schedule in schedules]
     write_card(
         folder,
         "tiny-sd",
@@ -84,8 +85,9 @@ def _write_card(model: Denoiser, vae: AutoencoderKL, work: Path, folder: Path, f
         "CLIPTokenizer of CLIP's commonest merges",
         parameter_count(vae) + parameter_count(model),
         f"{diffusion.SCENES:,} scenes with full, loose and short captions",
-        f"autoencoder {steps[0]:,} steps of {autoencoder.BATCH}; UNet and text encoder together {steps[1]:,} steps of "
-        f"{diffusion.BATCH}: epsilon prediction, weighted by SNR and by place (things over sky and ground), 10% captionless",
+        f"autoencoder {steps[0]:,} steps of {autoencoder.BATCH}, its decoder {steps[1]:,} more; UNet and text encoder together "
+        f"{steps[2]:,} steps of {diffusion.BATCH}: epsilon prediction, weighted by SNR and by place (things over sky and "
+        "ground), 10% captionless",
         {f"Autoencoder, PSNR in dB on {TEST:,} test scenes": autoencoder.psnr(vae, scene_set("test", TEST, work))},
         library="diffusers",
     )
