@@ -46,9 +46,9 @@ def main(
         module, function, _ = STAGES[stage]
         build = getattr(importlib.import_module(f"etherdiff.tiny.builder.{module}"), function)
         build(work, output, fraction)
-    curves.mkdir(parents=True, exist_ok=True)
-    for log in work.glob("*/log.jsonl"):
-        shutil.copy(log, curves / f"{log.parent.name}.jsonl")
+        curves.mkdir(parents=True, exist_ok=True)
+        for log in work.glob("*/log.jsonl"):
+            shutil.copy(log, curves / f"{log.parent.name}.jsonl")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from etherdiff.shipped import shipped_config
 from etherdiff.subjects import SUBJECT_CLASSES, prompts_for
 from etherdiff.tiny import dreambooth
 from etherdiff.tiny.builder import autoencoder, diffusion, pipeline, tokenizer, training
+from etherdiff.tiny.builder.data import SceneSet, to_tensor
 from etherdiff.tiny.builder.training import Schedule, train
 from etherdiff.tiny.world import CLASSES, render_scene
 
@@ -143,6 +144,29 @@ def test_places_of_things_weigh_five_times_those_of_sky_and_ground():
     assert (weights == plain).sum() == 254
     scenes = np.stack([render_scene("train", index).segmentation for index in range(200)])
     assert diffusion.place_weights(scenes).mean() == pytest.approx(1, abs=0.05)
+
+
+def test_the_autoencoder_weighs_things_where_they_are_after_mirroring():
+    rendered = [render_scene("train", index) for index in range(8)]
+    images, classes = (np.stack([getattr(scene, name) for scene in rendered]) for name in ("image", "segmentation"))
+    drawn, weights = autoencoder.draw_batch(np.random.default_rng(0), SceneSet(images, classes, None, [], [], []))
+    things = torch.from_numpy(classes >= CLASSES.index("ball"))
+    pictures = to_tensor(images)
+    ways = {(i, way) for i in range(8) for way in (1, -1)}
+    seen = set()
+    for image, weight in zip(drawn, weights, strict=True):
+        i, way = next((i, way) for i, way in ways if torch.equal(image, pictures[i] if way == 1 else pictures[i].flip(-1)))
+        assert torch.equal(weight[0], 1 + 4.0 * (things[i] if way == 1 else things[i].flip(-1)))
+        seen.add(way)
+    assert seen == {1, -1}
+
+
+def test_the_decoder_goes_on_and_leaves_the_latents_as_they_are():
+    torch.manual_seed(0)
+    model = autoencoder.Decoding(autoencoder.make_model())
+    model(torch.rand(2, 3, 64, 64) * 2 - 1, torch.ones(2, 1, 64, 64)).backward()
+    learning = {name.split(".")[1] for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert learning == {"decoder", "post_quant_conv"}
 
 
 class MicroDenoiser(nn.Module):

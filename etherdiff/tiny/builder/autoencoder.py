@@ -8,15 +8,13 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from etherdiff.tiny.builder.data import SceneSet, scene_set, to_tensor
+from etherdiff.tiny.builder.data import SceneSet, scene_set, thing_weights, to_tensor
 from etherdiff.tiny.builder.training import Schedule, train
-from etherdiff.tiny.world import GROUNDS, SKIES
 
 SCHEDULE = Schedule(steps=8_000, learning_rate=1e-3, warmup=200, weight_decay=0.0, ema=0.998, evaluate_every=500)
 DECODER_SCHEDULE = Schedule(steps=4_000, learning_rate=5e-4, warmup=200, weight_decay=0.0, ema=0.998, evaluate_every=500)
 BATCH = 16
 SCENES, VALIDATION = 60_000, 256
-THING_WEIGHT = 5.0  # of the pixels of things beside sky and ground: in a few pixels they have most of what is worth keeping
 KL_WEIGHT = 1e-4  # per latent number, beside a mean squared error per colour value: keeps the latents smooth, hardly blurs
 
 
@@ -51,8 +49,7 @@ class Decoding(nn.Module):
 
     def forward(self, images: Tensor, weights: Tensor) -> Tensor:
         """Absolute error, weighted: where the latents leave two colours open, it picks one and a squared error mixes them."""
-        with torch.no_grad():
-            latents = self.vae.encode(images).latent_dist.sample()
+        latents = self.vae.encode(images).latent_dist.sample()
         return (weights * (self.vae.decode(latents).sample.float() - images).abs()).mean()
 
 
@@ -63,19 +60,18 @@ def train_autoencoder(work: Path, fraction: float = 1.0) -> AutoencoderKL:
     torch.manual_seed(0)
     vae = make_model()
     vae.set_attn_processor(AttnProcessor())  # torch's fused attention is slow backwards on a CPU
-    trained = vae
     for name, stage, schedule in (("autoencoder", Reconstruction, SCHEDULE), ("decoder", Decoding, DECODER_SCHEDULE)):
-        trained = train(
+        vae = train(
             name,
-            stage(trained).to(memory_format=torch.channels_last),
+            stage(vae).to(memory_format=torch.channels_last),
             lambda model, rng: model(*draw_batch(rng, scenes)),
             schedule.shortened(fraction),
             work,
             lambda model: {"psnr": psnr(model.vae, validation)},
             compiled=fraction == 1.0,
         ).vae
-    trained.register_to_config(scaling_factor=round(1 / latent_std(trained, validation), 4))
-    return trained
+    vae.register_to_config(scaling_factor=round(1 / latent_std(vae, validation), 4))
+    return vae
 
 
 def make_model() -> AutoencoderKL:
@@ -94,9 +90,7 @@ def make_model() -> AutoencoderKL:
 def draw_batch(rng: np.random.Generator, scenes: SceneSet) -> tuple[Tensor, Tensor]:
     """Scenes (B, 3, 64, 64), half of them mirrored, and their pixels' weights (B, 1, 64, 64)."""
     chosen = np.sort(rng.integers(len(scenes.images), size=BATCH))
-    images = to_tensor(scenes.images[chosen])
-    things = torch.from_numpy(scenes.segmentations[chosen] >= len(SKIES) + len(GROUNDS))
-    weights = 1 + (THING_WEIGHT - 1) * things[:, None].float()
+    images, weights = to_tensor(scenes.images[chosen]), thing_weights(scenes.segmentations[chosen])
     mirrored = torch.from_numpy(rng.random(BATCH) < 0.5)[:, None, None, None]
     images, weights = (torch.where(mirrored, each.flip(-1), each) for each in (images, weights))
     return images.contiguous(memory_format=torch.channels_last), weights

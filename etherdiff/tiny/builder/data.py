@@ -17,6 +17,7 @@ from etherdiff.tiny.world import COLOURS, GROUNDS, KINDS, PATTERNS, SKIES, Scene
 LABELS = (*SKIES, *GROUNDS, *KINDS, *COLOURS, *PATTERNS)
 """What `SceneSet.labels` say is there."""
 CAPTIONS = ("caption", "loose_caption", "short_caption")
+THING_WEIGHT = 5.0  # of things beside sky and ground: in few pixels they have most of what is worth keeping
 _CHUNK = 500  # scenes a worker renders at a time
 
 
@@ -54,6 +55,12 @@ def _rendered(split: str, count: int, work: Path) -> Path | None:
 def to_tensor(images: NDArray[np.uint8]) -> torch.Tensor:
     """(B, 64, 64, 3) bytes to (B, 3, 64, 64) float32 in [-1, 1]."""
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def thing_weights(segmentations: NDArray[np.uint8]) -> torch.Tensor:
+    """(B, 64, 64) classes to (B, 1, 64, 64): 1 for sky and ground, THING_WEIGHT for things."""
+    things = torch.from_numpy(segmentations >= len(SKIES) + len(GROUNDS))[:, None]
+    return 1 + (THING_WEIGHT - 1) * things.float()
 
 
 def in_two_processes(render: Callable[[int], Any], starts: range) -> list[Any]:

@@ -16,11 +16,10 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from etherdiff.diffusion import min_snr_weight
-from etherdiff.tiny.builder.data import SceneSet, scene_set, to_tensor
+from etherdiff.tiny.builder.data import THING_WEIGHT, SceneSet, scene_set, thing_weights, to_tensor
 from etherdiff.tiny.builder.reading import train_reader
 from etherdiff.tiny.builder.tokenizer import tokenize
 from etherdiff.tiny.builder.training import Schedule, train
-from etherdiff.tiny.world import GROUNDS, SKIES
 from etherdiff.ui import track
 
 SCHEDULE = Schedule(steps=30_000, learning_rate=1e-3, warmup=200, weight_decay=0.01, ema=0.999, evaluate_every=500)
@@ -32,7 +31,6 @@ STRANGE_SHARE = 0.05  # with a word that means nothing here, so that an unknown 
 IDENTIFIER = "sks"  # the one word that no training caption has
 MIN_SNR_GAMMA = 5.0
 THING_SHARE = 0.136  # of a scene's pixels
-THING_WEIGHT = 5.0  # of the latents of things beside sky and ground, which captions tell least of
 WIDTH = 128  # of the text embeddings
 SHEET_CAPTIONS, SHEET_COLUMNS = 24, 8
 
@@ -181,8 +179,7 @@ def draw_batch(rng: np.random.Generator, data: TrainingSet) -> DenoisingBatch:
 
 def place_weights(segmentations: NDArray[np.uint8]) -> Tensor:
     """(B, 64, 64) classes to (B, 1, 16, 16): 1 for sky and ground, THING_WEIGHT for things, over their usual mean."""
-    things = torch.from_numpy(segmentations >= len(SKIES) + len(GROUNDS)).float()[:, None]
-    return (1 + (THING_WEIGHT - 1) * F.avg_pool2d(things, 4)) / (1 + (THING_WEIGHT - 1) * THING_SHARE)
+    return F.avg_pool2d(thing_weights(segmentations), 4) / (1 + (THING_WEIGHT - 1) * THING_SHARE)
 
 
 def _caption(rng: np.random.Generator, data: TrainingSet, row: NDArray[np.uint16]) -> NDArray[np.uint16]:
