@@ -30,7 +30,7 @@ from etherdiff.tiny.world import CLASSES, GROUNDS, SKIES
 from etherdiff.ui import quiet_libraries, say
 
 SCORES = ("dino_held_out", "clip_i_held_out", "clip_t")
-OPTIONS = "--method ether+ --steps 300 --batch-size 4 --eval-every 150"
+OPTIONS = "--method ether+ --learning-rate 0.02 --debiased-estimation --steps 300 --batch-size 4 --eval-every 150"
 SHOWN = (0, 3, 6, 9, 15, 17)  # prompts on the picture
 ENLARGED = 2
 
