@@ -21,7 +21,7 @@ from etherdiff.tiny.dreambooth import render_folder
 from etherdiff.tiny.subjects import SUBJECTS
 from etherdiff.ui import say
 
-SUBJECT = "candy_ball"
+SUBJECT = "toadstool"
 METHOD = "ether+"
 STEPS = 300
 BATCH_SIZE = 4
