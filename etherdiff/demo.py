@@ -60,13 +60,14 @@ def run_demo(output: Path, steps: int = STEPS, denoising_steps: int = 25) -> Non
     before_after(run, photos).save(output / "before-after.png")
     source = run_source(run)
     proof = merge_to_folder(source.base, [(path, 1.0) for path in source.adapters], output / "merged")
-    lora = export_adapter(source.base, source.adapters[0], output / "lora.safetensors", "kohya")
+    lora_file = output / "lora.safetensors"
+    lora = export_adapter(source.base, source.adapters[0], lora_file, "kohya")
     say("\nLook at", style="bold")
     for path, what in (
         (output / "before-after.png", f"{METHOD} beside its base, which is asked for the same without {IDENTIFIER!r}"),
         (run / "report.html", f"open it in a browser; likeness (DINO) to held-out photos {after:.2f}, the base's {before:.2f}"),
         (output / "merged", f"a plain diffusers pipeline; it differs by {proof['max_abs_difference']:.1e} at most"),
-        (lora["path"], f"the adapter as an exact LoRA of rank {lora['rank']}, named as ComfyUI and WebUI want it"),
+        (lora_file, f"the adapter as an exact LoRA of rank {lora['rank']}, named as ComfyUI and WebUI want it"),
     ):
         say(f"  {path}   {what}")
     say("\nNext, on Stable Diffusion 1.5 and your own photos", style="bold")
