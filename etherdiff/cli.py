@@ -667,6 +667,13 @@ def main() -> None:
     except Stopped as stop:
         _print_once([str(stop)])
         sys.exit(128 + stop.number)
+    except Exception as error:
+        from etherdiff.faults import machine_fault
+
+        if (fault := machine_fault(error)) is None:
+            raise
+        _print_once([f"error: {fault}"])
+        sys.exit(1)
 
 
 def _print_once(lines: list[str]) -> None:

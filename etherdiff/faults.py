@@ -6,9 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from etherdiff.config import TrainConfig
 from etherdiff.errors import RunError
+from etherdiff.files import system_error
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 CPU_ALLOCATION = ("can't allocate memory", "could not create a memory object", "std::bad_alloc")  # RuntimeErrors of torch's
@@ -19,10 +21,8 @@ def explained(config: TrainConfig, run: Path) -> Iterator[None]:
     """Turn running out of memory or disk into a RunError that says what would do."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise RunError(out_of_memory(config, run)) from error
-    except RuntimeError as error:
-        if not any(text in str(error) for text in CPU_ALLOCATION):
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
             raise
         raise RunError(out_of_memory(config, run)) from error
     except OSError as error:
@@ -33,6 +33,22 @@ def explained(config: TrainConfig, run: Path) -> Iterator[None]:
             f"{where} could not be written: {error.strerror}. Every checkpoint written before is whole: "
             f"make room, then go on with: etherdiff resume {run}"
         ) from error
+
+
+def machine_fault(error: Exception) -> str | None:
+    """What a command that is not `explained` says when memory or disk gave out; None where something else is wrong."""
+    if _is_out_of_memory(error):
+        return "out of memory. Free some and start the command again; where it draws images, a smaller --batch-size takes less"
+    if isinstance(error, SafetensorError):
+        error = system_error(error)
+    if not isinstance(error, OSError) or error.errno not in DISK:
+        return None
+    return f"{error.filename or 'the disk'}: {error.strerror}. Make room there, or write elsewhere, and start the command again"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    in_words = isinstance(error, RuntimeError) and any(text in str(error) for text in CPU_ALLOCATION)
+    return in_words or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def out_of_memory(config: TrainConfig, run: Path) -> str:

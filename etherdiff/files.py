@@ -29,7 +29,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         try:
             save_file(contiguous, unfinished, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:
-            raise _os_error(error, path) from error
+            raise system_error(error, path) from error
         unfinished.chmod(mode)
         unfinished.replace(path)
     finally:
@@ -107,7 +107,7 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def _os_error(error: SafetensorError, path: Path) -> Exception:
-    """What safetensors says of the system, as the system's own error."""
+def system_error(error: SafetensorError, path: Path | None = None) -> Exception:
+    """What safetensors says of the system, as the system's own error; anything else as it is."""
     number = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error
+    return OSError(int(number[1]), os.strerror(int(number[1])), path and str(path)) if number else error

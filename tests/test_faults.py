@@ -115,6 +115,24 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_saved(whole, tmp_path, monkey
     assert results(tmp_path / "run") == results(whole)
 
 
+@pytest.mark.parametrize("command", ["generate --prompt ball --steps 2 --run", "merge", "export --format lora"])
+def test_a_disk_that_is_full_while_a_result_is_written(command, whole, tmp_path, monkeypatch, capsys):
+    output = tmp_path / ("out.safetensors" if command.startswith("export") else "out")
+    monkeypatch.setattr(sys, "argv", ["etherdiff", *command.split(), str(whole), "--output", str(output)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, limits[1]))
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert end.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"error: .*: File too large\. Make room there.*start the command again", last)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not leftovers(tmp_path)
+
+
 def can_mount() -> bool:
     tried = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False)
     return tried.returncode == 0
@@ -425,6 +443,20 @@ def test_out_of_memory_says_what_to_change(kind, tmp_path, monkeypatch):
         "--resolution",
     ):
         assert part in str(caught.value)
+
+
+def test_out_of_memory_while_images_are_drawn(whole, tmp_path, monkeypatch, capsys):
+    def too_much(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("diffusers.UNet2DConditionModel.forward", too_much)
+    command = ["etherdiff", "generate", "--run", str(whole), "--prompt", "ball", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 1
+    assert re.fullmatch(r"error: out of memory\..*a smaller --batch-size takes less", last)
 
 
 @pytest.mark.slow
