@@ -41,6 +41,12 @@ def is_score(name: str) -> bool:
     return name.removesuffix(HELD_OUT) in METRICS
 
 
+def scores_behind(names: Sequence[str]) -> list[str]:
+    """The scores that columns are, or are made of."""
+    found = [FACTS[name].scores if name in FACTS else (name,) for name in names]
+    return list(dict.fromkeys(score for scores in found for score in scores))
+
+
 def column_problems(names: Sequence[str], option: str) -> list[str]:
     """What is wrong with the names given with an option, a sentence each."""
     known = [*METRICS, *FACTS]

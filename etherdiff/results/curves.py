@@ -6,7 +6,7 @@ from pathlib import Path
 
 from etherdiff.errors import UserError
 from etherdiff.report.curves import LABELS, points, thinned
-from etherdiff.results.columns import Column, column, column_problems, is_score
+from etherdiff.results.columns import Column, column, column_problems, is_score, scores_behind
 from etherdiff.results.identity import check_identities
 from etherdiff.results.keys import Value, check_keys, group, refuse_mixtures, shown, value_of
 from etherdiff.results.paper import PaperValue, paper_of
@@ -71,7 +71,7 @@ def make_figure(paths: Sequence[Path], options: CurveOptions) -> Figure:
         return _over_steps(paths, options)
     if problems := [*column_problems(options.y, "y"), *([] if options.y else ["--y: name at least one"])]:
         raise UserError(problems)
-    scores = [name for name in options.y if is_score(name)]
+    scores = scores_behind(options.y)
     collection = collect(paths, scored=bool(scores))
     runs = collection.runs
     _refuse_keys(runs, options)

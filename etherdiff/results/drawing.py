@@ -197,7 +197,7 @@ def _scale(ax: "Axes", figure: Figure, panel: Panel) -> None:
     elif figure.x != STEP and len(at) <= 10:
         ax.set_xticks(at, [f"{x:g}" for x in at])
     values = [cell.mean for line in panel.lines for _, cell in line.points]
-    if not panel.column.is_score and _spans_decades(values):
+    if not (panel.column.is_score or panel.column.higher_is_better) and _spans_decades(values):
         ax.set_yscale("log")
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from etherdiff.adapters.drift import adapter_drift, full_drift
 from etherdiff.adapters.energy import energy_difference
 from etherdiff.adapters.io import FULL, MAGNITUDE, WEIGHTS, load_adapter, load_adapters, merge_adapter, read_adapter
 from etherdiff.adapters.methods import TARGETS, MethodOptions
+from etherdiff.best import combined
 from etherdiff.config import TrainConfig
 from etherdiff.errors import UserError
+from etherdiff.eval.metrics import HELD_OUT
 from etherdiff.files import file_hash, write_text
 from etherdiff.inspection import training_estimate
 from etherdiff.models import find_base, fingerprint, load_base
@@ -52,6 +54,8 @@ class Fact:
     """What people read it in; CSV has it as it is."""
     higher_is_better: bool | None = None
     """None for what is neither good nor bad."""
+    scores: tuple[str, ...] = ()
+    """What it is made of, where that is scores."""
 
 
 def fact(run: Run, name: str) -> float | None:
@@ -157,6 +161,13 @@ def _validation_loss(run: Run) -> float:
     return loss
 
 
+def _likeness_and_prompt(run: Run, likeness: str) -> float:
+    """√(DINO · CLIP-T), as `best/` is chosen by: DINO alone is high for a copy of the photos, CLIP-T alone for the base."""
+    if missing := [name for name in (likeness, "clip_t") if name not in run.scores]:
+        raise UserError(f"it has no {' and no '.join(missing)}")
+    return combined({"dino": run.scores[likeness]["mean"], "clip_t": run.scores["clip_t"]["mean"]})
+
+
 # --- Measured on the weights -----------------------------------------------------------------------------------------
 
 
@@ -224,6 +235,16 @@ FACTS: dict[str, Fact] = {
     "step_flops": Fact("GFLOP per step", _step_flops, exact=True, unit=1e9),
     "seconds_per_step": Fact("seconds per step", _seconds_per_step, keep=False),
     "validation_loss": Fact("validation loss", _validation_loss, keep=False, higher_is_better=False),
+    **{
+        f"{likeness}_clip_t": Fact(
+            f"√(DINO · CLIP-T){told}",
+            partial(_likeness_and_prompt, likeness=likeness),
+            keep=False,
+            higher_is_better=True,
+            scores=(likeness, "clip_t"),
+        )
+        for likeness, told in (("dino", ""), (f"dino{HELD_OUT}", ", held-out images"))
+    },
     "transformation_distance": Fact("transformation distance ‖T − I‖", _transformation_distance),
     "weight_distance": Fact("weight distance ‖W′ − W‖", _weight_distance),
     "energy_difference": Fact("hyperspherical energy, relative change", lambda run: _energy_difference(run, False)),

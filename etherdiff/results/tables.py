@@ -7,7 +7,7 @@ from typing import Any
 
 from etherdiff.errors import UserError
 from etherdiff.eval.metrics import METRICS
-from etherdiff.results.columns import Column, column, column_problems, is_score, usual_columns
+from etherdiff.results.columns import Column, column, column_problems, is_score, scores_behind, usual_columns
 from etherdiff.results.facts import FACTS, fact
 from etherdiff.results.identity import Checked, check_identities
 from etherdiff.results.keys import Value, check_keys, group, refuse_mixtures, shown, value_of
@@ -94,15 +94,14 @@ def make_table(paths: Sequence[Path], options: TableOptions) -> Table:
         problems.append("--columns: name at least one")
     if problems:
         raise UserError(problems)
-    collection = collect(paths, scored=named is None or any(is_score(name) for name in named))
+    collection = collect(paths, scored=named is None or bool(scores_behind(named)))
     runs = collection.runs
     _refuse_keys(collection, options)
     names = list(named) if named is not None else usual_columns(runs)
-    scores = [name for name in names if is_score(name)]
-    checked = check_identities(runs, scores, options.anyway)
+    checked = check_identities(runs, scores_behind(names), options.anyway)
     judged = [name for name in names if column(name).higher_is_better is not None]
     if options.best is not None and not judged:
-        raise UserError("--best: needs a score among --columns to choose by, or validation_loss")
+        raise UserError("--best: needs a score among --columns to choose by, or dino_clip_t, or validation_loss")
     groups = group(runs, options.rows)
     averaged = (*options.rows, *([options.best] if options.best else []))
     refuse_mixtures(group(runs, averaged), averaged, "rows")
@@ -169,10 +168,13 @@ class Numbers:
 
     def cell(self, runs: Sequence[Run], name: str) -> Cell | None:
         """A column's number for runs that are averaged."""
-        if name in FACTS:
-            return pool_numbers(
-                {run.name: (run.subject, value) for run in runs if (value := self._fact(run, name)) is not None}
-            )
+        cell = self._fact_cell(runs, name) if name in FACTS else self._score_cell(runs, name)
+        return cell and replace(cell, differs=any(self.checked.is_otherwise(runs, score) for score in scores_behind([name])))
+
+    def _fact_cell(self, runs: Sequence[Run], name: str) -> Cell | None:
+        return pool_numbers({run.name: (run.subject, value) for run in runs if (value := self._fact(run, name)) is not None})
+
+    def _score_cell(self, runs: Sequence[Run], name: str) -> Cell | None:
         for run in runs:
             if name not in run.scores:
                 why = dict((run.result or {}).get("not_scored") or {}).get(name, "not asked for when it was scored")
@@ -180,7 +182,7 @@ class Numbers:
         cell = pool_scores(runs, name)
         if cell is None and any(name in run.scores for run in runs):
             self._miss(name, "a score of sets is not pooled over subjects")
-        return cell and replace(cell, differs=self.checked.is_otherwise(runs, name))
+        return cell
 
     def _fact(self, run: Run, name: str) -> float | None:
         known = (run.folder.path, name)

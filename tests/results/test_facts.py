@@ -97,6 +97,15 @@ def test_the_validation_loss_is_the_last_that_was_logged(tmp_path):
     assert fact(read(run), "validation_loss") == 0.2
 
 
+def test_likeness_and_agreement_with_the_prompt_make_one_number(tmp_path):
+    write_run(tmp_path / "run", {"dino": 0.81, "dino_held_out": 0.64, "clip_t": 0.25})
+    (run,) = collect([tmp_path / "run"]).runs
+    assert fact(run, "dino_clip_t") == pytest.approx(0.45)  # 0.9 * 0.5
+    assert fact(run, "dino_held_out_clip_t") == pytest.approx(0.4)  # 0.8 * 0.5
+    with pytest.raises(UserError, match="no dino and no clip_t"):
+        fact(read(tmp_path / "run"), "dino_clip_t")  # read without its scores
+
+
 def test_seconds_per_step_are_those_of_a_steps_images(tmp_path):
     run = write_run(tmp_path / "run", batch_size=2, gradient_accumulation=3)
     with pytest.raises(UserError, match=r"cost\.json cannot be read"):

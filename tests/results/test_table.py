@@ -292,6 +292,25 @@ def test_the_best_rate_can_be_that_of_the_lowest_validation_loss(tmp_path):
     assert any("by validation_loss" in remark and "best / 0.8 or less" in remark for remark in table.remarks)
 
 
+def test_the_best_rate_can_be_that_of_likeness_and_prompt_together(tmp_path):
+    for rate, (dino, clip_t) in {1e-3: (0.36, 0.49), 1e-2: (0.64, 0.36), 1e-1: (0.81, 0.16)}.items():
+        write_run(tmp_path / f"{rate}", {"dino": dino, "clip_t": clip_t}, method="ether+", learning_rate=rate)
+    best = row(table_of(tmp_path, columns=("dino_clip_t", "dino"), best="learning_rate", share=0.875), "ether+")
+    assert (best.best, best.cells["dino_clip_t"].mean, best.cells["dino"].mean) == (1e-2, pytest.approx(0.48), 0.64)
+    assert best.plateau.low == pytest.approx(1e-3)  # 0.6 * 0.7 = 0.42 = 0.875 * 0.48
+    assert best.plateau.high == pytest.approx(10**-1.5)  # 0.9 * 0.4 = 0.36: halfway down
+
+
+def test_what_is_made_of_scores_is_refused_and_marked_as_they_are(sweep):
+    change_result(sweep / "runs/oft-cup", lambda r: alter(r["scores"]["clip_t"]["identity"], "backbone/name", "another"))
+    with pytest.raises(UserError, match=r"not scored as the first run was: backbone\.name.*\(clip_t\)"):
+        table_of(sweep, columns=("dino_clip_t",))
+    table = table_of(sweep, columns=("dino", "dino_clip_t"), anyway=True)
+    assert row(table, "oft").cells["dino_clip_t"].differs
+    assert not row(table, "oft").cells["dino"].differs
+    assert not row(table, "lora").cells["dino_clip_t"].differs
+
+
 # --- Formats ---------------------------------------------------------------------------------------------------------
 
 
