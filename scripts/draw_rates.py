@@ -1,0 +1,56 @@
+"""One prompt at every learning rate, a row per method, from a sweep that was made and scored (paper, Figure 8).
+
+    python scripts/draw_rates.py sweeps/learning-rate-dreambooth --prompt 12 --output docs/rates.png
+
+A cross stands where a run diverged.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from PIL import Image, ImageDraw
+
+from etherdiff.errors import UserError
+from etherdiff.eval.results import eval_folder
+from etherdiff.images import contact_sheet
+from etherdiff.results.keys import value_of
+from etherdiff.results.runs import collect
+
+METHODS = "full,lora,oft,boft,naive,ether,ether+"
+SIDE = 96
+GREY = "#dddddd"
+
+
+def main(
+    sweep: Annotated[Path, typer.Argument(help="its folder")],
+    output: Annotated[Path, typer.Option(help="the picture")],
+    prompt: Annotated[int, typer.Option(help="its number among those of the evaluation, from 0")] = 0,
+    methods: Annotated[str, typer.Option(metavar="METHOD,…")] = METHODS,
+    lowest: Annotated[float, typer.Option(help="learning rate to begin with")] = 1e-4,
+) -> None:
+    """Draw the sheet."""
+    runs = {(str(value_of(run, "method")), float(str(value_of(run, "learning_rate")))): run for run in collect([sweep]).runs}
+    names = [name for name in methods.split(",") if any(name == method for method, _ in runs)]
+    rates = sorted({rate for _, rate in runs if rate >= lowest})
+    if not names or not rates:
+        raise UserError(f"{sweep} holds no such methods or rates")
+    cells = []
+    for name in names:
+        for rate in rates:
+            run = runs.get((name, rate))
+            drawn = sorted(eval_folder(run.folder.path).glob(f"images/{prompt:03d}-*/*.png")) if run else []
+            cells.append(Image.open(drawn[0]).convert("RGB").resize((SIDE, SIDE)) if drawn else _cross())
+    contact_sheet(cells, len(rates), names, [f"{rate:g}" for rate in rates], SIDE).save(output)
+
+
+def _cross() -> Image.Image:
+    picture = Image.new("RGB", (SIDE, SIDE), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.line((0, 0, SIDE, SIDE), fill=GREY, width=2)
+    draw.line((0, SIDE, SIDE, 0), fill=GREY, width=2)
+    return picture
+
+
+if __name__ == "__main__":
+    typer.run(main)
