@@ -1,16 +1,19 @@
-"""One process per run folder."""
+"""One process per run folder; and one after another where several would compute the same."""
 
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from etherdiff.errors import UserError
-from etherdiff.ui import is_main_process, warn
+from etherdiff.ui import is_main_process, say, warn
 
 LOCK = ".lock"
+LOOK_AGAIN = 0.2
+"""Seconds between looks at a lock that another process holds."""
 
 
 @contextmanager
@@ -39,6 +42,23 @@ def run_lock(folder: Path) -> Iterator[None]:
             (folder / LOCK).unlink(missing_ok=True)  # while it is still held: see _locked
             if made and not any(folder.iterdir()):
                 folder.rmdir()
+        os.close(handle)
+
+
+@contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """Hold a lock file, made and removed here, after whoever holds it now. A process that dies lets go of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = _locked(path)
+    if handle is None:
+        say("another process is at work on what this one needs: waiting for it")
+    while handle is None:
+        time.sleep(LOOK_AGAIN)
+        handle = _locked(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is still held: see _locked
         os.close(handle)
 
 

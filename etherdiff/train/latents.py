@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from etherdiff.files import file_hash, write_text
+from etherdiff.locks import turn
 from etherdiff.paths import cache_dir
 from etherdiff.sampling import chunks
 from etherdiff.train.cache import digest
@@ -52,14 +53,23 @@ def stored_latents(
 ) -> LatentStore:
     """The moments of `count` images, from the cache where nothing that shapes them has changed.
 
+    Of several processes the first computes them and the others wait: they would write into one file.
+
     read: an image's pixels (3, R, R) in [-1, 1] by its number. key: JSON-able, all that decides the result.
     """
-    folder = cache_dir() / "latents"
-    path, record = folder / f"{digest(key)}.npy", folder / f"{digest(key)}.json"
-    found = _whole(path, record)
-    if found is not None:
+    path = cache_dir() / "latents" / f"{digest(key)}.npy"
+    if path.exists() and (found := _whole(path)) is not None:  # a finished cache may lie where nothing can be written
         return LatentStore(found)
-    folder.mkdir(parents=True, exist_ok=True)
+    with turn(path.with_suffix(".lock")):
+        found = _whole(path) if path.exists() else None
+        return LatentStore(_compute(vae, count, flips, read, path, note) if found is None else found)
+
+
+def _compute(
+    vae: AutoencoderKL, count: int, flips: int, read: Callable[[int], NDArray[np.float32]], path: Path, note: str
+) -> NDArray[np.float32]:
+    """Fill the file, going on where a process before was cut off."""
+    record = _record(path)
     unfinished = path.with_suffix(".partial.npy")
     first = read(0)
     at_once = min(max(PIXELS_AT_ONCE // first[0].size, 1), 64)
@@ -73,20 +83,23 @@ def stored_latents(
     moments.flush()
     unfinished.replace(path)
     write_text(record, json.dumps({"done": count, "sha256": file_hash(path)}))
-    return LatentStore(np.load(path, mmap_mode="r"))
+    return np.load(path, mmap_mode="r")
 
 
-def _whole(path: Path, record: Path) -> NDArray[np.float32] | None:
+def _whole(path: Path) -> NDArray[np.float32] | None:
     """The finished file, if it is what was written."""
-    if not path.exists():
-        return None
     try:
-        if json.loads(record.read_text(encoding="utf-8")).get("sha256") == file_hash(path):
+        if json.loads(_record(path).read_text(encoding="utf-8")).get("sha256") == file_hash(path):
             return np.load(path, mmap_mode="r")
     except (OSError, ValueError, AttributeError):
         pass
     warn(f"{path} is damaged: computing it again")
     return None
+
+
+def _record(path: Path) -> Path:
+    """Of the file: how far it is; when finished, its hash."""
+    return path.with_suffix(".json")
 
 
 def _begin(unfinished: Path, record: Path, count: int, shape: tuple[int, ...]) -> tuple[Any, int]:

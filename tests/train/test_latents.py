@@ -1,5 +1,8 @@
 """Moments of many images on the disk: what the autoencoder says, resumed where cut off, computed again where damaged."""
 
+from concurrent.futures import ThreadPoolExecutor, wait
+from threading import Event
+
 import numpy as np
 import pytest
 import torch
@@ -94,3 +97,39 @@ def test_another_key_is_another_file(vae):
     store(vae)
     assert store(vae, flips=1).flips == 1
     assert len(list((cache_dir() / "latents").glob("*.npy"))) == 2
+
+
+def test_processes_at_the_same_time_do_not_write_into_one_file(vae):
+    """The second waits for the first and reads what it wrote. Threads stand for processes: a lock is of an open file."""
+    is_half_way, may_go_on = Event(), Event()
+
+    def held_up(number):
+        if number == COUNT // 2:
+            is_half_way.set()
+            assert may_go_on.wait(60)
+        return image(number)
+
+    def never(number):
+        raise AssertionError(f"image {number} was read by both")
+
+    with ThreadPoolExecutor(2) as both:
+        first = both.submit(store, vae, held_up)
+        assert is_half_way.wait(60)
+        second = both.submit(store, vae, never)
+        assert not wait([second], timeout=1).done
+        may_go_on.set()
+        one, other = first.result(60), second.result(60)
+    assert np.array_equal(one.moments, other.moments)
+    (cache_dir() / "latents").rename(cache_dir() / "before")
+    assert np.array_equal(store(vae).moments, one.moments)
+    assert not list(cache_dir().rglob("*.lock"))
+
+
+def test_a_finished_cache_may_be_read_only(vae, monkeypatch):
+    whole = np.array(store(vae).moments)
+
+    def refuse(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(latents, "turn", refuse)
+    assert np.array_equal(store(vae).moments, whole)
