@@ -125,6 +125,8 @@ def test_diffusers_reads_back_the_same_weights_and_outputs(tmp_path, layers, wid
         ours, theirs = getattr(models, name).state_dict(), getattr(pipeline, name).state_dict()
         assert ours.keys() == theirs.keys()
         assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+        for parameter in getattr(pipeline, name).parameters():  # mapped from the file unaligned, which may change the last bits
+            parameter.data = parameter.data.clone()
     for ours, theirs in zip(outputs(models, width), outputs(pipeline, width), strict=True):
         assert torch.equal(ours, theirs)
 
