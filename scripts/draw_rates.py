@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 from PIL import Image, ImageDraw
 
-from etherdiff.errors import UserError
 from etherdiff.eval.results import eval_folder
 from etherdiff.images import contact_sheet
 from etherdiff.results.keys import value_of
@@ -30,11 +29,12 @@ def main(
     lowest: Annotated[float, typer.Option(help="learning rate to begin with")] = 1e-4,
 ) -> None:
     """Draw the sheet."""
-    runs = {(str(value_of(run, "method")), float(str(value_of(run, "learning_rate")))): run for run in collect([sweep]).runs}
+    collected = collect([sweep]).runs
+    runs = {(str(run.config.method), float(str(value_of(run, "learning_rate")))): run for run in collected}
     names = [name for name in methods.split(",") if any(name == method for method, _ in runs)]
     rates = sorted({rate for _, rate in runs if rate >= lowest})
     if not names or not rates:
-        raise UserError(f"{sweep} holds no such methods or rates")
+        raise typer.BadParameter(f"{sweep} holds no such methods or rates")
     cells = []
     for name in names:
         for rate in rates:

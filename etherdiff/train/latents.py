@@ -58,11 +58,13 @@ def stored_latents(
     read: an image's pixels (3, R, R) in [-1, 1] by its number. key: JSON-able, all that decides the result.
     """
     path = cache_dir() / "latents" / f"{digest(key)}.npy"
-    if path.exists() and (found := _whole(path)) is not None:  # a finished cache may lie where nothing can be written
-        return LatentStore(found)
-    with turn(path.with_suffix(".lock")):
-        found = _whole(path) if path.exists() else None
-        return LatentStore(_compute(vae, count, flips, read, path, note) if found is None else found)
+    found = _whole(path)
+    if found is None:  # no lock before: a finished cache may lie where nothing can be written
+        with turn(path.with_suffix(".lock")):
+            found = _whole(path)
+            if found is None:
+                found = _compute(vae, count, flips, read, path, note)
+    return LatentStore(found)
 
 
 def _compute(
@@ -88,6 +90,8 @@ def _compute(
 
 def _whole(path: Path) -> NDArray[np.float32] | None:
     """The finished file, if it is what was written."""
+    if not path.exists():
+        return None
     try:
         if json.loads(_record(path).read_text(encoding="utf-8")).get("sha256") == file_hash(path):
             return np.load(path, mmap_mode="r")

@@ -667,6 +667,8 @@ def test_gradient_checkpointing_of_an_mlp(adapt, reentrant):
 def test_gradient_checkpointing_as_the_libraries_do_it(kind, adapt):
     made = adapt(kind)
     model = made.model.train()  # none of these models has dropout above 0 in its adapted form
+    if kind != "unet":  # whose inputs are single precision; what is computed again may round otherwise
+        model.double()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -679,8 +681,8 @@ def test_gradient_checkpointing_as_the_libraries_do_it(kind, adapt):
     else:
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     made.run(model).square().sum().backward()
-    for name, parameter in vectors(model).items():  # what is computed again may round otherwise
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
+    for name, parameter in vectors(model).items():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture
