@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from etherdiff.eval.results import eval_folder
 from etherdiff.images import contact_sheet
 from etherdiff.results.keys import value_of
-from etherdiff.results.runs import collect
+from etherdiff.results.runs import Run, collect
 
 METHODS = "full,lora,oft,boft,naive,ether,ether+"
 SIDE = 96
@@ -35,13 +35,19 @@ def main(
     rates = sorted({rate for _, rate in runs if rate >= lowest})
     if not names or not rates:
         raise typer.BadParameter(f"{sweep} holds no such methods or rates")
+    if not any(_drawn(run, prompt) for run in runs.values()):
+        raise typer.BadParameter(f"no run of {sweep} has drawn prompt {prompt}; evaluations count theirs from 0")
     cells = []
     for name in names:
         for rate in rates:
             run = runs.get((name, rate))
-            drawn = sorted(eval_folder(run.folder.path).glob(f"images/{prompt:03d}-*/*.png")) if run else []
+            drawn = _drawn(run, prompt) if run else []
             cells.append(Image.open(drawn[0]).convert("RGB").resize((SIDE, SIDE)) if drawn else _cross())
     contact_sheet(cells, len(rates), names, [f"{rate:g}" for rate in rates], SIDE).save(output)
+
+
+def _drawn(run: Run, prompt: int) -> list[Path]:
+    return sorted(eval_folder(run.folder.path).glob(f"images/{prompt:03d}-*/*.png"))
 
 
 def _cross() -> Image.Image:
