@@ -83,8 +83,8 @@ def _compute(
             moments.flush()
             write_text(record, json.dumps({"done": part[-1] + 1}))
     moments.flush()
-    unfinished.replace(path)
-    write_text(record, json.dumps({"done": count, "sha256": file_hash(path)}))
+    write_text(record, json.dumps({"done": count, "sha256": file_hash(unfinished)}))
+    unfinished.replace(path)  # last: others read without the lock, and a file whose hash is not there yet seems damaged
     return np.load(path, mmap_mode="r")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from etherdiff.files import write_text
 from etherdiff.paths import cache_dir
 from etherdiff.train import latents
 from etherdiff.train.latents import stored_latents
@@ -133,3 +134,25 @@ def test_a_finished_cache_may_be_read_only(vae, monkeypatch):
 
     monkeypatch.setattr(latents, "turn", refuse)
     assert np.array_equal(store(vae).moments, whole)
+
+
+def test_at_no_moment_does_a_finished_cache_seem_damaged(vae, monkeypatch):
+    """Whoever looks just before or after it gets its name either finds nothing or finds it whole."""
+    warned = []
+    monkeypatch.setattr(latents, "warn", warned.append)
+    seen = []
+
+    def look_after(path, text):
+        write_text(path, text)
+        seen.append(latents._whole(path.with_suffix(".npy")))
+
+    monkeypatch.setattr(latents, "write_text", look_after)
+    whole = np.array(store(vae).moments)
+    assert not warned
+    assert all(found is None for found in seen)
+    monkeypatch.setattr(latents, "write_text", write_text)
+    (path,) = (cache_dir() / "latents").glob("*.npy")
+    path.rename(path.with_suffix(".partial.npy"))  # killed after the record, before the file got its name
+    read = []
+    assert np.array_equal(store(vae, lambda number: read.append(number) or image(number)).moments, whole)
+    assert read == [0]
