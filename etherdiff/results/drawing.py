@@ -42,6 +42,8 @@ METHOD_STYLES = {
     "ether+": (VERMILION, "o"),
 }
 """Colour and marker."""
+METHOD_DASHES: dict[str, Any] = {"vera": (0, (2, 1.5)), "boft": (0, (2, 1.5)), "oft+magnitude": (0, (6, 2))}
+"""Of those whose colour another method has, too: where there are many points, lines have no markers."""
 PAPER_DASHES: Any = (0, (5, 4))
 OTHER_DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)))
 OTHER_COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK, GREY)
@@ -128,7 +130,10 @@ def _styles(lines: Sequence[Values]) -> dict[Values, Style]:
     for first, *rest in lines:
         place, other = firsts.index(first), rests.index(tuple(rest))
         colour, marker = METHOD_STYLES[first] if own else (_nth(OTHER_COLOURS, place), _nth(OTHER_MARKERS, place))
-        found[(first, *rest)] = Style(colour, _nth(OTHER_MARKERS, other) if rest else marker, _nth(OTHER_DASHES, other))
+        if rest:
+            found[(first, *rest)] = Style(colour, _nth(OTHER_MARKERS, other), _nth(OTHER_DASHES, other))
+        else:
+            found[(first,)] = Style(colour, marker, METHOD_DASHES.get(first, "-") if own else "-")
     return found
 
 
