@@ -56,7 +56,7 @@ ENTRIES_ACROSS = 3
 """Of the legend, below each panel."""
 MANY_POINTS = 25
 """From here on an interval is a band rather than bars."""
-DECADES_FOR_LOG = 1.5
+DECADES_FOR_LOG = 1.3
 SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -170,9 +170,10 @@ def _mark_diverged(ax: "Axes", panel: Panel, styles: Mapping[Values, Style]) -> 
                 zorder=5,
                 label=DIVERGED,
             )
-    if stacked and ax.get_yscale() == "linear":  # room below the lines
+    if stacked:  # room below the lines
         low, high = ax.get_ylim()
-        ax.set_ylim(low - 0.05 * max(stacked.values()) * (high - low), high)
+        room = 0.05 * max(stacked.values())
+        ax.set_ylim(low * (low / high) ** room if ax.get_yscale() == "log" else low - room * (high - low), high)
 
 
 def _draw_line(ax: "Axes", line: Line, style: Style, unit: float) -> None:
