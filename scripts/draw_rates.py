@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from etherdiff.eval.results import eval_folder
 from etherdiff.images import contact_sheet
 from etherdiff.results.keys import value_of
-from etherdiff.results.runs import Run, collect
+from etherdiff.results.runs import collect
 
 METHODS = "full,lora,oft,boft,naive,ether,ether+"
 SIDE = 96
@@ -29,25 +29,24 @@ def main(
     lowest: Annotated[float, typer.Option(help="learning rate to begin with")] = 1e-4,
 ) -> None:
     """Draw the sheet."""
-    collected = collect([sweep]).runs
-    runs = {(str(run.config.method), float(str(value_of(run, "learning_rate")))): run for run in collected}
-    names = [name for name in methods.split(",") if any(name == method for method, _ in runs)]
-    rates = sorted({rate for _, rate in runs if rate >= lowest})
+    drawn = {
+        (str(run.config.method), float(str(value_of(run, "learning_rate")))): sorted(
+            eval_folder(run.folder.path).glob(f"images/{prompt:03d}-*/*.png")
+        )
+        for run in collect([sweep]).runs
+    }
+    names = [name for name in methods.split(",") if any(name == method for method, _ in drawn)]
+    rates = sorted({rate for _, rate in drawn if rate >= lowest})
     if not names or not rates:
         raise typer.BadParameter(f"{sweep} holds no such methods or rates")
-    if not any(_drawn(run, prompt) for run in runs.values()):
+    if not any(drawn.values()):
         raise typer.BadParameter(f"no run of {sweep} has drawn prompt {prompt}; evaluations count theirs from 0")
     cells = []
     for name in names:
         for rate in rates:
-            run = runs.get((name, rate))
-            drawn = _drawn(run, prompt) if run else []
-            cells.append(Image.open(drawn[0]).convert("RGB").resize((SIDE, SIDE)) if drawn else _cross())
+            pictures = drawn.get((name, rate))
+            cells.append(Image.open(pictures[0]).convert("RGB").resize((SIDE, SIDE)) if pictures else _cross())
     contact_sheet(cells, len(rates), names, [f"{rate:g}" for rate in rates], SIDE).save(output)
-
-
-def _drawn(run: Run, prompt: int) -> list[Path]:
-    return sorted(eval_folder(run.folder.path).glob(f"images/{prompt:03d}-*/*.png"))
 
 
 def _cross() -> Image.Image:

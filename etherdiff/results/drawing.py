@@ -27,25 +27,35 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
 GREY = "#7A7A7A"
 DIVERGED, PAPER = "_diverged", "_paper"
 """Labels that no legend shows by itself."""
+DASHED: Any = (0, (6, 2))
+DOTTED: Any = (0, (2, 1.5))
+
+
+class Style(NamedTuple):
+    """How a line is drawn."""
+
+    colour: str
+    marker: str
+    dashes: Any = "-"
+
+
 METHOD_STYLES = {
-    "none": (GREY, "H"),
-    "full": (BLACK, "s"),
-    "lora": (ORANGE, "D"),
-    "vera": (YELLOW, "p"),
-    "boft": (SKY, "h"),
-    "hra": (YELLOW, "*"),
-    "oft": (SKY, "^"),
-    "oft+magnitude": (SKY, "v"),
-    "naive": (PURPLE, "P"),
-    "ether": (GREEN, "o"),
-    "ether+one-sided": (BLUE, "<"),
-    "ether+": (VERMILION, "o"),
+    "none": Style(GREY, "H"),
+    "full": Style(BLACK, "s"),
+    "lora": Style(ORANGE, "D"),
+    "vera": Style(YELLOW, "p", DOTTED),
+    "boft": Style(SKY, "h", DOTTED),
+    "hra": Style(YELLOW, "*"),
+    "oft": Style(SKY, "^"),
+    "oft+magnitude": Style(SKY, "v", DASHED),
+    "naive": Style(PURPLE, "P"),
+    "ether": Style(GREEN, "o"),
+    "ether+one-sided": Style(BLUE, "<"),
+    "ether+": Style(VERMILION, "o"),
 }
-"""Colour and marker."""
-METHOD_DASHES: dict[str, Any] = {"vera": (0, (2, 1.5)), "boft": (0, (2, 1.5)), "oft+magnitude": (0, (6, 2))}
-"""Of those whose colour another method has, too: where there are many points, lines have no markers."""
+"""Those of one colour differ in marker and in dashes: where there are many points, lines have no markers."""
 PAPER_DASHES: Any = (0, (5, 4))
-OTHER_DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)))
+OTHER_DASHES: tuple[Any, ...] = ("-", DASHED, DOTTED, (0, (7, 2, 1.5, 2)))
 OTHER_COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK, GREY)
 OTHER_MARKERS = ("o", "s", "^", "D", "v", "P", "<", "X", ">", "*")
 PANEL = (4.8, 3.5)
@@ -68,14 +78,6 @@ SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "etherdiff",
     "svg.fonttype": "path",
 }
-
-
-class Style(NamedTuple):
-    """How a line is drawn."""
-
-    colour: str
-    marker: str
-    dashes: Any
 
 
 def check_output(path: Path) -> None:
@@ -129,11 +131,10 @@ def _styles(lines: Sequence[Values]) -> dict[Values, Style]:
     found = {}
     for first, *rest in lines:
         place, other = firsts.index(first), rests.index(tuple(rest))
-        colour, marker = METHOD_STYLES[first] if own else (_nth(OTHER_COLOURS, place), _nth(OTHER_MARKERS, place))
+        style = METHOD_STYLES[first] if own else Style(_nth(OTHER_COLOURS, place), _nth(OTHER_MARKERS, place))
         if rest:
-            found[(first, *rest)] = Style(colour, _nth(OTHER_MARKERS, other), _nth(OTHER_DASHES, other))
-        else:
-            found[(first,)] = Style(colour, marker, METHOD_DASHES.get(first, "-") if own else "-")
+            style = Style(style.colour, _nth(OTHER_MARKERS, other), _nth(OTHER_DASHES, other))
+        found[(first, *rest)] = style
     return found
 
 

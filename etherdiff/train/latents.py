@@ -63,6 +63,8 @@ def stored_latents(
         with turn(path.with_suffix(".lock")):
             found = _whole(path)
             if found is None:
+                if path.exists():
+                    warn(f"{path} is damaged: computing it again")
                 found = _compute(vae, count, flips, read, path, note)
     return LatentStore(found)
 
@@ -84,7 +86,7 @@ def _compute(
             write_text(record, json.dumps({"done": part[-1] + 1}))
     moments.flush()
     write_text(record, json.dumps({"done": count, "sha256": file_hash(unfinished)}))
-    unfinished.replace(path)  # last: others read without the lock, and a file whose hash is not there yet seems damaged
+    unfinished.replace(path)  # last: without its hash there it seems damaged, to other processes and after a kill
     return np.load(path, mmap_mode="r")
 
 
@@ -97,7 +99,6 @@ def _whole(path: Path) -> NDArray[np.float32] | None:
             return np.load(path, mmap_mode="r")
     except (OSError, ValueError, AttributeError):
         pass
-    warn(f"{path} is damaged: computing it again")
     return None
 
 

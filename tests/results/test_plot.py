@@ -10,7 +10,7 @@ from synthetic_runs import change_result, write_curve, write_run, write_state
 from etherdiff import cli
 from etherdiff.errors import UserError
 from etherdiff.results.curves import CurveOptions, make_figure
-from etherdiff.results.drawing import METHOD_DASHES, METHOD_STYLES, draw_figure
+from etherdiff.results.drawing import METHOD_STYLES, draw_figure
 from etherdiff.results.keys import METHOD_ORDER
 from etherdiff.results.pooling import t_interval
 
@@ -105,8 +105,8 @@ def test_scores_that_were_computed_otherwise_are_refused(sweep):
 
 def test_every_method_has_a_style_of_its_own():
     assert METHOD_STYLES.keys() == set(METHOD_ORDER)
-    assert len(set(METHOD_STYLES.values())) == len(METHOD_STYLES)
-    assert len({(colour, METHOD_DASHES.get(method)) for method, (colour, _) in METHOD_STYLES.items()}) == len(METHOD_STYLES)
+    assert len({(style.colour, style.marker) for style in METHOD_STYLES.values()}) == len(METHOD_STYLES)
+    assert len({(style.colour, style.dashes) for style in METHOD_STYLES.values()}) == len(METHOD_STYLES)
 
 
 def test_a_picture_has_a_panel_for_each_quantity_and_the_same_bytes_each_time(sweep, tmp_path):

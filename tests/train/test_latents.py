@@ -85,13 +85,16 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(vae):
     assert sorted(set(read[1:]) - {0}) == [6, 7, 8]  # image 0 tells the shape
 
 
-def test_damage_is_found_and_mended(vae):
+def test_damage_is_found_told_of_once_and_mended(vae, monkeypatch):
+    warned = []
+    monkeypatch.setattr(latents, "warn", warned.append)
     whole = np.array(store(vae).moments)
     (path,) = (cache_dir() / "latents").glob("*.npy")
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
     assert np.array_equal(store(vae).moments, whole)
+    assert warned == [f"{path} is damaged: computing it again"]
 
 
 def test_another_key_is_another_file(vae):
