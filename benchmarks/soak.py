@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from etherdiff.runfolder import RunFolder, is_sealed
+from etherdiff.runs.folder import RunFolder, is_sealed
 from etherdiff.tiny.dreambooth import render_folder
 from etherdiff.train.checkpoint import newest_checkpoint
 

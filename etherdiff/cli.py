@@ -11,8 +11,8 @@ from typing import Annotated, Any, Optional, get_args, get_origin
 import typer
 
 from etherdiff import __version__
-from etherdiff.errors import ProofError, RunError, Stopped, UserError
-from etherdiff.signals import stop_signals
+from etherdiff.system.errors import ProofError, RunError, Stopped, UserError
+from etherdiff.system.signals import stop_signals
 
 app = typer.Typer(
     name="etherdiff",
@@ -143,7 +143,7 @@ def train_dreambooth(config: ConfigOption = None, settings: SetOption = None, *,
     """See `training_command`."""
     settled = _read_config(_dreambooth_config(), config, settings, flags)
     if settled.dry_run:
-        from etherdiff.dryrun import dry_run
+        from etherdiff.use.dryrun import dry_run
 
         dry_run(settled)
         return
@@ -161,7 +161,7 @@ def train_s2i(config: ConfigOption = None, settings: SetOption = None, *, flags:
     """See `training_command`."""
     settled = _read_config(_s2i_config(), config, settings, flags)
     if settled.dry_run:
-        from etherdiff.dryrun import dry_run
+        from etherdiff.use.dryrun import dry_run
 
         dry_run(settled)
         return
@@ -244,8 +244,8 @@ def generate(
     offload: Annotated[bool, typer.Option(help="keep on the GPU only what computes just now")] = False,
 ) -> None:
     """Draw images of prompts with a run's adapter (or any adapters on a base), each with its settings inside."""
-    from etherdiff import generate as g
-    from etherdiff.sampling import PAPER_SAMPLING, S2I_SAMPLING
+    from etherdiff.families.sampling import PAPER_SAMPLING, S2I_SAMPLING
+    from etherdiff.use import generate as g
 
     if (run is None) == (base is None):
         raise UserError("give either --run, or --base (with --adapter)")
@@ -270,7 +270,7 @@ def generate(
     if control is not None:
         if run is None:
             raise UserError("--control goes with --run: a base alone has no control encoder")
-        from etherdiff.generate_controlled import ControlUse, generate_controlled
+        from etherdiff.use.generate_controlled import ControlUse, generate_controlled
 
         generate_controlled(run, control, options, ControlUse(control_scale, guide_control))
         return
@@ -333,9 +333,9 @@ def eval_command(
     as_json: Annotated[bool, typer.Option("--json", help="print metrics.json")] = False,
 ) -> None:
     """Draw a run's prompts, with their maps where it is controllable, and score the images, with intervals."""
-    from etherdiff import evaluate as e
-    from etherdiff import evaluate_control as c
-    from etherdiff.runfolder import RunFolder
+    from etherdiff.eval import evaluate as e
+    from etherdiff.eval import evaluate_control as c
+    from etherdiff.runs.folder import RunFolder
 
     common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "device": device, "preset": preset}
     common |= {"backbones": tuple(backbone or ()), "overwrite": overwrite}
@@ -394,7 +394,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Put the scores of several runs in one table, if they were computed the same way; else say what differs."""
-    from etherdiff import compare as c
+    from etherdiff.eval import compare as c
 
     if markdown and as_json:
         raise UserError("give either --markdown or --json")
@@ -416,8 +416,8 @@ def compare(
 )
 def perturb(config: ConfigOption = None, settings: SetOption = None, *, flags: dict[str, Any]) -> None:
     """See `training_command`."""
-    from etherdiff import perturb as p
-    from etherdiff.ui import say
+    from etherdiff.system.terminal import say
+    from etherdiff.tasks import perturb as p
 
     run = p.perturb(_read_config(_perturb_config(), config, settings, flags))
     say(f"{run}: done. Next: etherdiff eval {run}")
@@ -474,7 +474,7 @@ def plot(
     from etherdiff.results.curves import CurveOptions, make_figure
     from etherdiff.results.drawing import check_output, draw_figure
     from etherdiff.results.formats import left_out_notes
-    from etherdiff.ui import say, warn
+    from etherdiff.system.terminal import say, warn
 
     check_output(output)
     figure = make_figure(paths, CurveOptions(x, tuple(y), _listed(lines), with_paper, anyway))
@@ -495,9 +495,9 @@ def merge(
     ] = None,
 ) -> None:
     """Fold the adapter into the base: a plain diffusers pipeline, checked by opening it with plain diffusers."""
-    from etherdiff.export import merge_to_folder, parse_dtype
-    from etherdiff.generate import run_source
-    from etherdiff.ui import say, warn
+    from etherdiff.system.terminal import say, warn
+    from etherdiff.use.export import merge_to_folder, parse_dtype
+    from etherdiff.use.generate import run_source
 
     precision = parse_dtype(dtype)
     source = run_source(run, "everything")
@@ -522,9 +522,9 @@ def export(
     scale: Annotated[float, typer.Option(help="multiplies the adapter's update")] = 1.0,
 ) -> None:
     """Write the adapter for another tool. A LoRA of ETHER is exact (rank 1; ETHER+: 4), but only on its own base."""
-    from etherdiff.export import export_adapter, parse_format
-    from etherdiff.generate import run_source
-    from etherdiff.ui import say
+    from etherdiff.system.terminal import say
+    from etherdiff.use.export import export_adapter, parse_format
+    from etherdiff.use.generate import run_source
 
     source = run_source(run)
     if not source.adapters:
@@ -553,7 +553,7 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Count what each method would train on a base: layers, parameters, size on disk, FLOPs and memory of a step."""
-    from etherdiff.inspection import inspect_base, render_inspection
+    from etherdiff.use.inspection import inspect_base, render_inspection
 
     result = inspect_base(base, task, method, targets, blocks=blocks, rank=rank, resolution=resolution, batch_size=batch_size)
     if as_json:
@@ -567,7 +567,7 @@ def inspect_command(
 @app.command(rich_help_panel="Look before")
 def demo(output: Annotated[Path, typer.Option(help="folder for everything the demo makes")] = Path("demo")) -> None:
     """Run the whole job on the tiny base in a few minutes: train, draw, score, merge, export, and say what to look at."""
-    from etherdiff.demo import run_demo
+    from etherdiff.use.demo import run_demo
 
     run_demo(output)
 
@@ -596,7 +596,7 @@ def check_data(
 ) -> None:
     """Read every image and control: what is unreadable, mismatched, outside the palette, without a caption, or there twice."""
     from etherdiff.control import check
-    from etherdiff.paths import data_root as find_data_root
+    from etherdiff.system.paths import data_root as find_data_root
 
     report = check.check_dataset(dataset, find_data_root(data_root), signal=signal, palette=palette, captions=captions)
     if as_json:
@@ -616,7 +616,7 @@ def _listed(text: str) -> tuple[str, ...]:
 
 def _relaunch_as_begun(run: Path) -> None:
     """A run of several processes goes on with as many: unless torchrun started this one, it becomes torchrun."""
-    from etherdiff.runfolder import recorded_processes
+    from etherdiff.runs.folder import recorded_processes
 
     processes = recorded_processes(run)
     if processes < 2 or "WORLD_SIZE" in os.environ:
@@ -626,8 +626,8 @@ def _relaunch_as_begun(run: Path) -> None:
 
 
 def _say_next(run: Path) -> None:
-    from etherdiff.runfolder import RunFolder
-    from etherdiff.ui import say
+    from etherdiff.runs.folder import RunFolder
+    from etherdiff.system.terminal import say
 
     controlled = RunFolder(run).control_encoder.is_dir()
     say(f"\n{run}: done. Next:")
@@ -668,7 +668,7 @@ def main() -> None:
         _print_once([str(stop)])
         sys.exit(128 + stop.number)
     except Exception as error:
-        from etherdiff.faults import machine_fault
+        from etherdiff.runs.faults import machine_fault
 
         if (fault := machine_fault(error)) is None:
             raise

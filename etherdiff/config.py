@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from etherdiff.errors import UserError
+from etherdiff.system.errors import UserError
 
 MethodName = Literal["ether", "ether+", "ether+one-sided", "lora", "oft", "naive", "boft", "hra", "vera", "full"]
 S2IMethodName = Literal[MethodName, "none"]

@@ -14,24 +14,24 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from etherdiff import signals
 from etherdiff.config import DreamBoothConfig, S2IConfig, TrainConfig
-from etherdiff.devices import DTYPES
-from etherdiff.errors import NotFiniteError, Stopped, UserError
-from etherdiff.faults import explained
-from etherdiff.files import write_text
-from etherdiff.jobs import plan_job
-from etherdiff.jobs.job import Job
-from etherdiff.locks import LOCK, run_lock
-from etherdiff.models import fingerprint, load_base
-from etherdiff.reporting import show_report
-from etherdiff.resuming import check_machine, reopen, resume_from_checkpoint
-from etherdiff.runfolder import RunFolder, write_settings
+from etherdiff.families.bases import fingerprint, load_base
+from etherdiff.report.reporting import show_report
+from etherdiff.runs.faults import explained
+from etherdiff.runs.folder import RunFolder, write_settings
+from etherdiff.system import signals
+from etherdiff.system.devices import DTYPES
+from etherdiff.system.errors import NotFiniteError, Stopped, UserError
+from etherdiff.system.files import write_text
+from etherdiff.system.locks import LOCK, run_lock
+from etherdiff.system.terminal import say, warn
+from etherdiff.tasks import plan_job
+from etherdiff.tasks.task import Job
 from etherdiff.train.batches import StepBatches
 from etherdiff.train.checkpoint import newest_checkpoint, read_step
 from etherdiff.train.loop import TrainingState, fit, make_accelerator, prepare_training
 from etherdiff.train.recorder import Recorder
-from etherdiff.ui import say, warn
+from etherdiff.train.resuming import check_machine, reopen, resume_from_checkpoint
 
 
 def train_dreambooth(config: DreamBoothConfig) -> Path:

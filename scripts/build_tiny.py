@@ -44,7 +44,7 @@ def main(
     missing = [stage for stage, (*_, done) in STAGES.items() if not (output / done).exists()]
     for stage in stages or missing:
         module, function, _ = STAGES[stage]
-        build = getattr(importlib.import_module(f"etherdiff.tiny.builder.{module}"), function)
+        build = getattr(importlib.import_module(f"tiny_world.{module}"), function)
         build(work, output, fraction)
         curves.mkdir(parents=True, exist_ok=True)
         for log in work.glob("*/log.jsonl"):

@@ -12,7 +12,7 @@ import typer
 from PIL import Image, ImageDraw
 
 from etherdiff.eval.results import eval_folder
-from etherdiff.images import contact_sheet
+from etherdiff.images.reading import contact_sheet
 from etherdiff.results.keys import value_of
 from etherdiff.results.runs import collect
 

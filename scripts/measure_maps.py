@@ -16,9 +16,9 @@ from typing import Annotated, Any
 import typer
 from PIL import Image
 
-from etherdiff.control.run_pipeline import control_config, run_dataset
-from etherdiff.images import contact_sheet, read_image
-from etherdiff.ui import quiet_libraries, say
+from etherdiff.images.reading import contact_sheet, read_image
+from etherdiff.runs.control import control_config, run_dataset
+from etherdiff.system.terminal import quiet_libraries, say
 
 TRAINING = (
     "--base tiny --dataset tiny --steps 800 --batch-size 16 --lr-schedule cosine --learning-rate 5e-3 "

@@ -18,16 +18,16 @@ import torch
 import typer
 from numpy.typing import NDArray
 from PIL import Image
+from tiny_world.data import to_tensor
 from transformers import UperNetForSemanticSegmentation
 
-from etherdiff.images import contact_sheet
-from etherdiff.shipped import ASSETS
-from etherdiff.tiny.builder.data import to_tensor
+from etherdiff.images.reading import contact_sheet
+from etherdiff.system.paths import ASSETS
+from etherdiff.system.terminal import quiet_libraries, say
 from etherdiff.tiny.captions import ON, UNDER
 from etherdiff.tiny.dreambooth import PROMPTS, subject_folder
 from etherdiff.tiny.subjects import SUBJECTS
 from etherdiff.tiny.world import CLASSES, GROUNDS, SKIES
-from etherdiff.ui import quiet_libraries, say
 
 SCORES = ("dino_held_out", "clip_i_held_out", "clip_t")
 OPTIONS = "--method ether+ --learning-rate 0.02 --debiased-estimation --steps 300 --batch-size 4 --eval-every 150"

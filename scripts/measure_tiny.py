@@ -11,17 +11,17 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from tiny_world import clip, dino, features, upernet
+from tiny_world.autoencoder import psnr
+from tiny_world.data import scene_set, to_tensor
+from tiny_world.judge import Judgement, judge
 from transformers import AutoModel, AutoTokenizer, CLIPModel, ResNetForImageClassification, UperNetForSemanticSegmentation
 
-from etherdiff.models import find_base, load_base, make_pipeline
-from etherdiff.sampling import sample
-from etherdiff.shipped import ASSETS
-from etherdiff.tiny.builder import clip, dino, features, upernet
-from etherdiff.tiny.builder.autoencoder import psnr
-from etherdiff.tiny.builder.data import scene_set, to_tensor
-from etherdiff.tiny.judge import Judgement, judge
+from etherdiff.families.bases import find_base, load_base, make_pipeline
+from etherdiff.families.sampling import sample
+from etherdiff.system.paths import ASSETS
+from etherdiff.system.terminal import quiet_libraries, say, track
 from etherdiff.tiny.world import Scene, render_scene
-from etherdiff.ui import quiet_libraries, say, track
 
 TINY = ASSETS / "tiny"
 

@@ -50,3 +50,19 @@ def etherdiff_(monkeypatch, capsys):
         return left.value.code or 0, out, err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The tiny base, loaded."""
+    from etherdiff.families.bases import find_base, load_base
+
+    return load_base(find_base("tiny"))
+
+
+@pytest.fixture(scope="module")
+def hashes():
+    """The tiny base's fingerprint."""
+    from etherdiff.families.bases import find_base, fingerprint
+
+    return fingerprint(find_base("tiny"))

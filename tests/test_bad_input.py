@@ -18,12 +18,12 @@ import etherdiff
 from etherdiff import cli
 from etherdiff import run as run_module
 from etherdiff.adapters.io import load_adapter
-from etherdiff.errors import UserError
-from etherdiff.generate import GenerateOptions, Source, generate
-from etherdiff.models import find_base, load_base
+from etherdiff.families.bases import find_base, load_base
 from etherdiff.run import train_dreambooth
+from etherdiff.system.errors import UserError
+from etherdiff.tasks.planning import plan_dreambooth
 from etherdiff.tiny import tiny_folder
-from etherdiff.train.plan import plan_dreambooth
+from etherdiff.use.generate import GenerateOptions, Source, generate
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("another_process")]
 

@@ -10,19 +10,19 @@ from eval_runs import build_networks
 from safetensors.torch import load_file
 from small_runs import checkpoints, metrics, small_config
 
-from etherdiff import best as module
 from etherdiff.adapters.io import read_adapter
-from etherdiff.best import combined, curve_prompts, read_best, say_best
 from etherdiff.config import DreamBoothConfig, read_config
-from etherdiff.errors import UserError
+from etherdiff.eval import best as module
 from etherdiff.eval.backbones import PRESETS
-from etherdiff.evaluate import find_trained
-from etherdiff.images import read_png_settings
-from etherdiff.resuming import restore_best
+from etherdiff.eval.best import combined, curve_prompts, read_best, say_best
+from etherdiff.eval.evaluate import find_trained
+from etherdiff.families.sampling import sample
+from etherdiff.images.reading import read_png_settings
 from etherdiff.run import resume, train_dreambooth
-from etherdiff.runfolder import RunFolder, read_settings
-from etherdiff.sampling import sample
+from etherdiff.runs.folder import RunFolder, read_settings
+from etherdiff.system.errors import UserError
 from etherdiff.train import recorder as recorder_module
+from etherdiff.train.resuming import restore_best
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CURVE = {

@@ -7,8 +7,8 @@ import os
 import pytest
 from rich.console import Console
 
-from etherdiff.compare import BASE, as_json, as_markdown, as_table, compare
-from etherdiff.errors import UserError
+from etherdiff.eval.compare import BASE, as_json, as_markdown, as_table, compare
+from etherdiff.system.errors import UserError
 
 
 def score(mean, **identity):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from etherdiff import config as config_module
 from etherdiff.adapters.methods import METHODS, TARGETS
 from etherdiff.config import METHOD_NAMES, TARGET_NAMES, DreamBoothConfig, TrainConfig, load_run_config, read_config
-from etherdiff.errors import UserError
-from etherdiff.runfolder import RunFolder, write_settings
+from etherdiff.runs.folder import RunFolder, write_settings
+from etherdiff.system.errors import UserError
 
 
 @pytest.fixture

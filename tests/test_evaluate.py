@@ -15,12 +15,12 @@ from PIL import Image
 from rich.console import Console
 
 from etherdiff import cli
-from etherdiff import evaluate as module
-from etherdiff.errors import UserError
+from etherdiff.eval import evaluate as module
 from etherdiff.eval import protocol
+from etherdiff.eval.evaluate import EvalOptions, beside_the_paper, evaluate, plan_evaluation, render
 from etherdiff.eval.protocol import EvalPrompt, make_prompts
-from etherdiff.evaluate import EvalOptions, beside_the_paper, evaluate, plan_evaluation, render
-from etherdiff.images import read_png_settings
+from etherdiff.images.reading import read_png_settings
+from etherdiff.system.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPTS = ["a {identifier} {class_noun} in the snow", "a red sks ball"]

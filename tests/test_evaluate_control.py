@@ -13,24 +13,24 @@ import torch
 from eval.eval_toys import VIT_PREPROCESSOR, save
 from PIL import Image
 from rich.console import Console
+from tiny_world.upernet import make_model
 from transformers import ResNetConfig, ResNetForImageClassification, SegformerImageProcessor
 
 from etherdiff import cli
-from etherdiff import evaluate_control as module
-from etherdiff.compare import as_markdown, cell, compare
 from etherdiff.config import S2IConfig
 from etherdiff.control.canny import Canny
 from etherdiff.control.landmarks import Landmarks
 from etherdiff.control.pairs import ControlDataset, Pair
 from etherdiff.control.palettes import Palette
 from etherdiff.control.segmentation import Segmentation
-from etherdiff.errors import UserError
+from etherdiff.eval import evaluate_control as module
 from etherdiff.eval import readers
+from etherdiff.eval.compare import as_markdown, cell, compare
+from etherdiff.eval.evaluate_control import ControlOptions, evaluate_control, render
 from etherdiff.eval.readers import Reader, ReadLandmarks, find_reader
-from etherdiff.evaluate_control import ControlOptions, evaluate_control, render
-from etherdiff.images import read_image, read_png_settings
-from etherdiff.runfolder import RunFolder, write_settings
-from etherdiff.tiny.builder.upernet import make_model
+from etherdiff.images.reading import read_image, read_png_settings
+from etherdiff.runs.folder import RunFolder, write_settings
+from etherdiff.system.errors import UserError
 from etherdiff.tiny.world import CLASSES, PALETTE
 
 SIDE = 16

@@ -35,18 +35,18 @@ from small_runs import (
 import etherdiff
 from etherdiff import cli
 from etherdiff import run as run_module
-from etherdiff.errors import NotFiniteError, RunError, UserError
-from etherdiff.files import staged_folder
-from etherdiff.generate import run_source
-from etherdiff.leftovers import aside, clear_leftovers
-from etherdiff.locks import LOCK, run_lock
 from etherdiff.results.runs import LeftOut, read_run
 from etherdiff.run import resume, train_dreambooth
+from etherdiff.system.errors import NotFiniteError, RunError, UserError
+from etherdiff.system.files import staged_folder
+from etherdiff.system.leftovers import aside, clear_leftovers
+from etherdiff.system.locks import LOCK, run_lock
+from etherdiff.system.terminal import console
+from etherdiff.tasks import samples as samples_module
+from etherdiff.tasks.dreambooth_data import DreamBoothData, DreamBoothTask
 from etherdiff.train import loop as loop_module
 from etherdiff.train import recorder as recorder_module
-from etherdiff.train import samples as samples_module
-from etherdiff.train.dreambooth import DreamBoothData, DreamBoothTask
-from etherdiff.ui import console
+from etherdiff.use.generate import run_source
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("another_process")]
 

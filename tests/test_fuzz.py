@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from etherdiff.config import DreamBoothConfig, read_config
-from etherdiff.errors import UserError
-from etherdiff.images import UnreadableImage, read_image
+from etherdiff.images.reading import UnreadableImage, read_image
+from etherdiff.system.errors import UserError
 
 QUICK, MANY = 200, 10_000
 

@@ -5,9 +5,9 @@ import yaml
 from PIL import Image
 
 from etherdiff.config import DreamBoothConfig
-from etherdiff.generate import GenerateOptions, generate, run_source
 from etherdiff.run import train_dreambooth
-from etherdiff.train.plan import plan_dreambooth
+from etherdiff.tasks.planning import plan_dreambooth
+from etherdiff.use.generate import GenerateOptions, generate, run_source
 
 NOUNS = {"backpack": "backpack", "cat": "cat", "dog": "dog", "rc_car": "toy", "teapot": "teapot"}
 

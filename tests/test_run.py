@@ -22,13 +22,13 @@ from subject_photos import draw_subject
 from etherdiff import run as run_module
 from etherdiff.adapters.methods import METHODS
 from etherdiff.config import DreamBoothConfig
-from etherdiff.errors import UserError
-from etherdiff.generate import GenerateOptions, generate, run_source
-from etherdiff.images import read_png_settings
-from etherdiff.models import find_base, fingerprint, load_base
+from etherdiff.families.bases import find_base, fingerprint, load_base
+from etherdiff.images.reading import read_png_settings
 from etherdiff.run import resume, train_dreambooth
+from etherdiff.system.errors import UserError
 from etherdiff.tiny import tiny_folder
 from etherdiff.train.checkpoint import newest_checkpoint
+from etherdiff.use.generate import GenerateOptions, generate, run_source
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("another_process")]
 
@@ -362,7 +362,7 @@ QUICK = ("ether+", "lora", "oft", "full")  # one of each kind; the others are in
 
 
 def trainable(method: str) -> int:
-    from etherdiff.inspection import inspect_base
+    from etherdiff.use.inspection import inspect_base
 
     return inspect_base("tiny", methods=[method])["methods"][method]["trainable_parameters"]
 

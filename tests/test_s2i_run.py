@@ -15,18 +15,18 @@ from safetensors.torch import load_file
 from etherdiff.adapters.io import load_adapter, load_adapters
 from etherdiff.config import S2IConfig
 from etherdiff.control.pipeline import HintEncoder, added_hint
-from etherdiff.control.run_pipeline import load_control_run
-from etherdiff.dryrun import dry_run
-from etherdiff.errors import UserError
-from etherdiff.export import export_adapter, merge_to_folder
-from etherdiff.generate import GenerateOptions, run_source
-from etherdiff.generate_controlled import generate_controlled
-from etherdiff.images import read_png_settings
-from etherdiff.models import encode_prompts, find_base, load_base
+from etherdiff.families.bases import encode_prompts, find_base, load_base
+from etherdiff.families.sampling import S2I_SAMPLING
+from etherdiff.images.reading import read_png_settings
 from etherdiff.run import resume, train_s2i
-from etherdiff.runfolder import read_settings
-from etherdiff.sampling import S2I_SAMPLING
-from etherdiff.train.prepare_s2i import as_tensor
+from etherdiff.runs.control import load_control_run
+from etherdiff.runs.folder import read_settings
+from etherdiff.system.errors import UserError
+from etherdiff.tasks.s2i_prepare import as_tensor
+from etherdiff.use.dryrun import dry_run
+from etherdiff.use.export import export_adapter, merge_to_folder
+from etherdiff.use.generate import GenerateOptions, run_source
+from etherdiff.use.generate_controlled import generate_controlled
 
 METHODS = ("ether", "ether+", "ether+one-sided", "lora", "oft", "naive", "boft", "hra", "vera", "full", "none")
 QUICK = ("ether+", "oft", "full", "none")  # one of each kind; the others are in the slow tier
@@ -290,8 +290,8 @@ def test_subjects_cannot_be_trained_with_none():
 
 
 def test_an_encoder_is_drawn_from_the_seed_alone(run):
-    from etherdiff.jobs.s2i import make_hint_encoder
-    from etherdiff.train.plan_s2i import plan_s2i
+    from etherdiff.tasks.s2i import make_hint_encoder
+    from etherdiff.tasks.s2i_plan import plan_s2i
 
     _, config, _ = read_settings(run)
     plan = plan_s2i(config, resuming=True)

@@ -16,13 +16,13 @@ from torch import nn
 from etherdiff.adapters.methods import METHODS, TARGETS, MethodOptions
 from etherdiff.adapters.perturbation import distance_problem
 from etherdiff.config import METHOD_NAMES, DreamBoothConfig, PerturbConfig, S2IConfig, read_config
-from etherdiff.errors import UserError
-from etherdiff.models import find_base
-from etherdiff.subjects import SUBJECT_CLASSES
+from etherdiff.families.bases import find_base
 from etherdiff.sweeps.spec import Sweep, Variant, read_sweep
+from etherdiff.system.errors import UserError
+from etherdiff.tasks.planning import method_options, try_adapter
+from etherdiff.tasks.s2i_plan import s2i_options
+from etherdiff.tasks.subjects import SUBJECT_CLASSES
 from etherdiff.tiny.subjects import SUBJECTS
-from etherdiff.train.plan import method_options, try_adapter
-from etherdiff.train.plan_s2i import s2i_options
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted((CONFIGS / "sweeps").glob("*/*.yaml"))

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from etherdiff.adapters import magnitude, methods  # noqa: F401  registers every type below with PEFT
 from etherdiff.adapters.boft import quiet_boft
-from etherdiff.errors import UserError
-from etherdiff.files import save_tensors, staged_folder
+from etherdiff.system.errors import UserError
+from etherdiff.system.files import save_tensors, staged_folder
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 PICKLE = "adapter_model.bin"

@@ -10,9 +10,9 @@ from PIL import Image
 
 from etherdiff.control.geometry import crop_box
 from etherdiff.control.signal import Signal
-from etherdiff.errors import UserError
-from etherdiff.images import UnreadableImage, read_image, resize_and_crop
-from etherdiff.leftovers import aside
+from etherdiff.images.reading import UnreadableImage, read_image, resize_and_crop
+from etherdiff.system.errors import UserError
+from etherdiff.system.leftovers import aside
 
 LOW, HIGH = 100.0, 200.0
 """Hysteresis thresholds on the gradient's magnitude: an edge starts above the higher and goes on above the lower."""

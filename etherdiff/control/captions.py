@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from etherdiff.errors import UserError
-from etherdiff.files import file_hash
-from etherdiff.images import UnreadableImage, read_image
-from etherdiff.paths import cache_dir
-from etherdiff.ui import track
+from etherdiff.images.reading import UnreadableImage, read_image
+from etherdiff.system.errors import UserError
+from etherdiff.system.files import file_hash
+from etherdiff.system.paths import cache_dir
+from etherdiff.system.terminal import track
 
 BLIP = "Salesforce/blip-image-captioning-base"
 MOST_NEW_TOKENS = 40
@@ -151,8 +151,8 @@ def _load(model: str, device: str) -> Callable[[list[Path]], list[str]]:
     import torch
     from transformers import AutoProcessor, BlipForConditionalGeneration
 
-    from etherdiff.devices import device_problem, resolve_device
-    from etherdiff.ui import quiet_libraries
+    from etherdiff.system.devices import device_problem, resolve_device
+    from etherdiff.system.terminal import quiet_libraries
 
     if problem := device_problem(device):
         raise UserError(problem)

@@ -16,8 +16,8 @@ from etherdiff.control.palettes import IGNORED
 from etherdiff.control.readers.listing import Listing, Row, sentences
 from etherdiff.control.segmentation import Segmentation
 from etherdiff.control.signal import Signal
-from etherdiff.files import file_hash
-from etherdiff.images import UnreadableImage, read_image
+from etherdiff.images.reading import UnreadableImage, read_image
+from etherdiff.system.files import file_hash
 
 TOKENS = 77
 """What Stable Diffusion's text encoder reads of a caption, its start and end included."""
@@ -166,7 +166,7 @@ def _find_odd_points(rows: list[tuple[str, Row]], points: list[int | None], list
 def _long_captions(rows: list[tuple[str, Row]]) -> dict[str, list[str]]:
     from transformers import CLIPTokenizer
 
-    from etherdiff.shipped import shipped_config
+    from etherdiff.families.shipped import shipped_config
 
     said = [(f"{split}/{row.name}", row.text) for split, row in rows if row.text is not None]
     if not said:

@@ -25,10 +25,10 @@ from etherdiff.control.readers.listing import Listing, Row, caption_of, merged_c
 from etherdiff.control.readers.tiny_world import read_tiny_world
 from etherdiff.control.segmentation import Segmentation
 from etherdiff.control.signal import Signal
-from etherdiff.errors import UserError
-from etherdiff.files import file_hash
-from etherdiff.paths import cache_dir
-from etherdiff.ui import progress_bar
+from etherdiff.system.errors import UserError
+from etherdiff.system.files import file_hash
+from etherdiff.system.paths import cache_dir
+from etherdiff.system.terminal import progress_bar
 
 DATASETS = {
     "ade20k": "segmentation",

@@ -13,10 +13,10 @@ from PIL import Image, ImageDraw
 
 from etherdiff.control.geometry import crop_box
 from etherdiff.control.signal import Signal
-from etherdiff.errors import UserError
-from etherdiff.files import file_hash, write_text
-from etherdiff.images import UnreadableImage, read_image
-from etherdiff.paths import cache_dir
+from etherdiff.images.reading import UnreadableImage, read_image
+from etherdiff.system.errors import UserError
+from etherdiff.system.files import file_hash, write_text
+from etherdiff.system.paths import cache_dir
 
 TASK_FILE = "ETHERDIFF_FACE_LANDMARKER"
 """The environment variable that names mediapipe's model (face_landmarker.task)."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from etherdiff.errors import UserError
+from etherdiff.system.errors import UserError
 
 IGNORED = 255
 """What a pixel that belongs to no class is in a target, whatever it is in the file."""

@@ -11,7 +11,7 @@ from PIL import Image
 from etherdiff.control.geometry import crop_labels
 from etherdiff.control.palettes import IGNORED, Palette
 from etherdiff.control.signal import Signal
-from etherdiff.errors import UserError
+from etherdiff.system.errors import UserError
 
 _VALUE_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 _COLOUR_MODES = ("RGB", "RGBA")

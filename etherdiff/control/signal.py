@@ -31,6 +31,6 @@ class Signal(ABC):
 
     def derive(self, image: Path, control: Path) -> None:
         """Make the control file of an image. UserError for signals that no image tells by itself."""
-        from etherdiff.errors import UserError
+        from etherdiff.system.errors import UserError
 
         raise UserError(f"{image} has no {self.name} beside it, and {self.name} cannot be computed from an image here")

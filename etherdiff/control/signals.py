@@ -8,7 +8,7 @@ from etherdiff.control.landmarks import Landmarks
 from etherdiff.control.palettes import Palette
 from etherdiff.control.segmentation import Segmentation
 from etherdiff.control.signal import Signal
-from etherdiff.errors import UserError
+from etherdiff.system.errors import UserError
 
 
 def _segmentation(settings: Mapping[str, Any]) -> Signal:

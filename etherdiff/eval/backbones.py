@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etherdiff.devices import resolve_device
-from etherdiff.errors import UserError
 from etherdiff.eval.network import Backbone
-from etherdiff.shipped import ASSETS
+from etherdiff.system.devices import resolve_device
+from etherdiff.system.errors import UserError
+from etherdiff.system.paths import ASSETS
 
 if TYPE_CHECKING:
     from etherdiff.eval.from_transformers import Source

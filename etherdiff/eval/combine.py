@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from etherdiff.errors import UserError
 from etherdiff.eval.intervals import DRAWS, FEWEST_PROMPTS, bootstrap_mean
 from etherdiff.eval.metrics import HELD_OUT, METRICS
 from etherdiff.eval.network import digest_of
 from etherdiff.eval.scorer import interval_fields
+from etherdiff.system.errors import UserError
 
 VERSIONS = "versions"
 """Of an identity: the libraries', which only move the last digits."""

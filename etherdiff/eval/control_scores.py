@@ -24,9 +24,9 @@ from etherdiff.eval.network import Backbone, digest_of, versions_of
 from etherdiff.eval.readers import Reader, wanted_by
 from etherdiff.eval.scorer import Scorer, interval_fields
 from etherdiff.eval.segmentation_scores import AGREED, PREDICTED, WANTED, class_accuracies, class_ious
-from etherdiff.files import file_hash
-from etherdiff.images import UnreadableImage, read_image
-from etherdiff.ui import track
+from etherdiff.images.reading import UnreadableImage, read_image
+from etherdiff.system.files import file_hash
+from etherdiff.system.terminal import track
 
 LEFT_OUT = (BLACK, "unreadable", "bad_features", "no_face", "missing")
 

@@ -17,13 +17,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from etherdiff.errors import UserError
 from etherdiff.eval.lpips_distance import lpips_distances
 from etherdiff.eval.network import Backbone, Pixels, digest_of
 from etherdiff.eval.preprocessing import Preprocessing
-from etherdiff.files import file_hash, save_tensors
-from etherdiff.images import UnreadableImage, read_image
-from etherdiff.paths import cache_dir
+from etherdiff.images.reading import UnreadableImage, read_image
+from etherdiff.system.errors import UserError
+from etherdiff.system.files import file_hash, save_tensors
+from etherdiff.system.paths import cache_dir
 
 FEWEST_FOR_WORKERS = 48
 """Images from which starting decoding processes takes less than it saves."""

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from etherdiff.errors import UserError
 from etherdiff.eval.lpips_distance import unit_channels
 from etherdiff.eval.network import Backbone, Identity, ImageTextBackbone, Pixels, hash_tensors, stacked, versions_of
 from etherdiff.eval.preprocessing import Preprocessing
+from etherdiff.system.errors import UserError
 
 LPIPS_SIZE = 512
 """Pixels: the original scripts compare at 512 x 512, whatever the images' own size and proportions."""

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPModel, ResNetForImageClassification
 
-from etherdiff.errors import UserError
 from etherdiff.eval.lpips_distance import unit_channels
 from etherdiff.eval.network import Backbone, Identity, ImageTextBackbone, Pixels, hash_files, stacked, versions_of
 from etherdiff.eval.preprocessing import read_preprocessing
-from etherdiff.shipped import shipped_config
-from etherdiff.ui import quiet_libraries
+from etherdiff.families.shipped import shipped_config
+from etherdiff.system.errors import UserError
+from etherdiff.system.terminal import quiet_libraries
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from etherdiff.eval.preprocessing import Preprocessing
-from etherdiff.files import file_hash
+from etherdiff.system.files import file_hash
 
 Pixels = Tensor | Sequence[Tensor]
 """uint8 images (B, 3, H, W), or (3, H, W) each where their sizes may differ."""

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from etherdiff.errors import UserError
+from etherdiff.system.errors import UserError
 
 READING = "as a viewer shows it: EXIF orientation and colour profile applied, transparency on white, RGB"
 """How every image file is read, before anything of the below."""

@@ -20,10 +20,10 @@ from PIL import Image
 
 from etherdiff.eval.image_set import PromptImages
 from etherdiff.eval.results import named_differences
-from etherdiff.files import write_text
-from etherdiff.images import save_png
-from etherdiff.sampling import PAPER_SAMPLING, chunks, sample, slug
-from etherdiff.ui import track
+from etherdiff.families.sampling import PAPER_SAMPLING, chunks, sample, slug
+from etherdiff.images.reading import save_png
+from etherdiff.system.files import write_text
+from etherdiff.system.terminal import track
 
 IMAGES, BASE_IMAGES = "images", "base_images"
 ROUNDING = "computed_with"

@@ -15,11 +15,11 @@ from etherdiff.control.canny import Canny, edges
 from etherdiff.control.landmarks import Landmarks, detect, find_task_file
 from etherdiff.control.segmentation import Segmentation
 from etherdiff.control.signal import Signal
-from etherdiff.errors import UserError
 from etherdiff.eval.network import versions_of
 from etherdiff.eval.segmenter import SEGMENTERS, Segmenter, load_segmenter
-from etherdiff.files import file_hash
-from etherdiff.images import resize_and_crop
+from etherdiff.images.reading import resize_and_crop
+from etherdiff.system.errors import UserError
+from etherdiff.system.files import file_hash
 
 
 class NotReadable(Exception):  # noqa: N818 - it says what the signal is, here

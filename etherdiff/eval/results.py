@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from etherdiff.errors import UserError
 from etherdiff.eval.combine import VERSIONS, differences
+from etherdiff.system.errors import UserError
 
 
 def eval_folder(run: Path) -> Path:

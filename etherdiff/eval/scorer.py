@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from etherdiff import __version__
-from etherdiff.errors import UserError
 from etherdiff.eval.features import is_usable
 from etherdiff.eval.fid import Fid, fid_problem, frechet_distance, moments
 from etherdiff.eval.image_set import ImageSet, PromptForm, Scoring
@@ -15,6 +14,7 @@ from etherdiff.eval.intervals import FEWEST_PROMPTS, LEVEL, Interval, bootstrap_
 from etherdiff.eval.metrics import HELD_OUT, METRICS, MetricEntry
 from etherdiff.eval.network import ImageTextBackbone, digest_of, versions_of
 from etherdiff.eval.pairs import cosine_pairs, cosine_rows, upper_pairs
+from etherdiff.system.errors import UserError
 
 FID_BLOCKS = 20
 

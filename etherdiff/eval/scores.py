@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from etherdiff.devices import device_problem
-from etherdiff.errors import UserError
 from etherdiff.eval.backbones import find_backbones
 from etherdiff.eval.fid import fid_problem
 from etherdiff.eval.image_set import ImageSet, PromptImages, Scoring, read_images
 from etherdiff.eval.metrics import METRICS, PROMPT_METRICS
 from etherdiff.eval.network import Backbone
 from etherdiff.eval.scorer import Scorer
+from etherdiff.system.devices import device_problem
+from etherdiff.system.errors import UserError
 
 __all__ = ["PromptImages", "Scoring", "score_images"]
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING, AutoConfig, AutoModelForSemanticSegmentation
 
-from etherdiff.errors import UserError
 from etherdiff.eval.backbones import find_source
 from etherdiff.eval.from_transformers import FromFolder, Source
 from etherdiff.eval.network import Pixels, stacked
+from etherdiff.system.errors import UserError
 
 SEGMENTERS = {"paper": "openmmlab/upernet-convnext-large", "tiny": "tiny:upernet"}
 """Preset -> what judges segmentation maps. The paper says UperNet on ADE20K, but not which: this is a published one."""

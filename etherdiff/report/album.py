@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from etherdiff.images import UnreadableImage, read_image
+from etherdiff.images.reading import UnreadableImage, read_image
 from etherdiff.report.markup import Html, tag
 
 BUDGET = 12_000_000

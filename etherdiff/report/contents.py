@@ -10,11 +10,11 @@ from typing import Any
 from etherdiff.adapters.drift import LayerDrift, adapter_drift, full_drift
 from etherdiff.adapters.io import FULL, load_adapter, read_adapter
 from etherdiff.config import RunConfig
-from etherdiff.errors import UserError
-from etherdiff.export import trained_on
-from etherdiff.images import list_images, read_png_settings
-from etherdiff.models import Base, find_base, load_base
-from etherdiff.runfolder import RunFolder, read_settings
+from etherdiff.families.bases import Base, find_base, load_base
+from etherdiff.images.reading import list_images, read_png_settings
+from etherdiff.runs.folder import RunFolder, read_settings
+from etherdiff.system.errors import UserError
+from etherdiff.use.export import trained_on
 
 _NUMBERED = re.compile(r"(\d+)-(.*)")
 _STEP = re.compile(r"step-(\d+)")

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from etherdiff.files import write_text
 from etherdiff.report.contents import read_contents
 from etherdiff.report.page import make_page
+from etherdiff.system.files import write_text
 
 
 def write_report(run: Path) -> Path:

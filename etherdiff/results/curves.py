@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from etherdiff.errors import UserError
 from etherdiff.report.curves import LABELS, points, thinned
 from etherdiff.results.columns import Column, column, column_problems, is_score, scores_behind
 from etherdiff.results.identity import check_identities
@@ -13,6 +12,7 @@ from etherdiff.results.paper import PaperValue, paper_of
 from etherdiff.results.pooling import Cell, pool_numbers
 from etherdiff.results.runs import Collection, LeftOut, Run, collect
 from etherdiff.results.tables import Numbers, lost_of
+from etherdiff.system.errors import UserError
 
 STEP = "step"
 """The x of what was logged while training."""

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from etherdiff.errors import UserError
-from etherdiff.files import flush
-from etherdiff.leftovers import aside
 from etherdiff.results.curves import STEP, Figure, Line, Panel
 from etherdiff.results.keys import METHOD_ORDER
+from etherdiff.system.errors import UserError
+from etherdiff.system.files import flush
+from etherdiff.system.leftovers import aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,17 +22,17 @@ from etherdiff.adapters.drift import adapter_drift, full_drift
 from etherdiff.adapters.energy import energy_difference
 from etherdiff.adapters.io import FULL, MAGNITUDE, WEIGHTS, load_adapter, load_adapters, merge_adapter, read_adapter
 from etherdiff.adapters.methods import TARGETS, MethodOptions
-from etherdiff.best import combined
 from etherdiff.config import TrainConfig
-from etherdiff.errors import UserError
+from etherdiff.eval.best import combined
 from etherdiff.eval.metrics import HELD_OUT
-from etherdiff.files import file_hash, write_text
-from etherdiff.inspection import training_estimate
-from etherdiff.models import find_base, fingerprint, load_base
+from etherdiff.families.bases import find_base, fingerprint, load_base
 from etherdiff.report.curves import points
 from etherdiff.results.runs import Run
-from etherdiff.runfolder import manifest_of
-from etherdiff.train.plan import method_options
+from etherdiff.runs.folder import manifest_of
+from etherdiff.system.errors import UserError
+from etherdiff.system.files import file_hash, write_text
+from etherdiff.tasks.planning import method_options
+from etherdiff.use.inspection import training_estimate
 
 SHARED_PROJECTIONS = ("vera_A", "vera_B")
 """Saved with the adapter, but drawn at random and not trained."""

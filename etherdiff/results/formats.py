@@ -11,8 +11,6 @@ from rich.console import Console, Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from etherdiff.errors import UserError
-from etherdiff.files import write_text
 from etherdiff.report.markup import Html, foreign, join, tag
 from etherdiff.report.numbers import short
 from etherdiff.report.page import POLICY
@@ -23,7 +21,9 @@ from etherdiff.results.paper import PaperValue
 from etherdiff.results.pooling import Cell
 from etherdiff.results.runs import LeftOut
 from etherdiff.results.tables import Row, Table, described
-from etherdiff.ui import warn
+from etherdiff.system.errors import UserError
+from etherdiff.system.files import write_text
+from etherdiff.system.terminal import warn
 
 FORMATS = ("text", "markdown", "csv", "html")
 FORMAT_OF = {".md": "markdown", ".csv": "csv", ".html": "html", ".htm": "html"}

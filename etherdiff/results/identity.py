@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from etherdiff.errors import UserError
 from etherdiff.eval.combine import SUBJECTS_OWN, VERSIONS
 from etherdiff.eval.results import compared_identity, library_versions, named_differences
 from etherdiff.results.runs import Run
+from etherdiff.system.errors import UserError
 
 
 @dataclass

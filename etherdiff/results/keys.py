@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from etherdiff.errors import UserError
 from etherdiff.results.runs import Run
+from etherdiff.system.errors import UserError
 
 NEUTRAL = frozenset(
     {"output", "overwrite", "dry_run", "data_root", "captions", "tracker", "device", "checkpoint_every", "keep"}

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from etherdiff.config import TrainConfig
+from etherdiff.eval.evaluate_control import PAPER_S2I_SCOPE
 from etherdiff.eval.paper import PAPER_SCOPE, paper_value
-from etherdiff.evaluate_control import PAPER_S2I_SCOPE
 from etherdiff.report.contents import mapping, sequence
 from etherdiff.results.keys import method_label
 from etherdiff.results.runs import Run

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from etherdiff.config import AdapterConfig
-from etherdiff.errors import UserError
 from etherdiff.eval.results import eval_folder, read_result
 from etherdiff.report.numbers import number
-from etherdiff.runfolder import SEAL, RunFolder, is_sealed, read_metrics, read_settings
+from etherdiff.runs.folder import SEAL, RunFolder, is_sealed, read_metrics, read_settings
+from etherdiff.system.errors import UserError
 
 PARTS = ("run.yaml", "metrics.jsonl", "checkpoints", "adapter", "control_encoder")
 """What shows that a folder is, or was, a run's."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from etherdiff.errors import UserError
 from etherdiff.eval.metrics import METRICS
 from etherdiff.results.columns import Column, column, column_problems, is_score, scores_behind, usual_columns
 from etherdiff.results.facts import FACTS, fact
@@ -15,7 +14,8 @@ from etherdiff.results.paper import PaperValue, paper_of, paper_of_real_images, 
 from etherdiff.results.plateau import SHARE, Plateau, find_plateau
 from etherdiff.results.pooling import Cell, pool_numbers, pool_scores
 from etherdiff.results.runs import Collection, LeftOut, Run, collect
-from etherdiff.ui import track
+from etherdiff.system.errors import UserError
+from etherdiff.system.terminal import track
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from etherdiff.errors import UserError
-from etherdiff.leftovers import clear_leftovers
-from etherdiff.locks import run_lock
 from etherdiff.sweeps.finished import Stage, stage_of
 from etherdiff.sweeps.states import confirm_scores, expect_scores, write_state
 from etherdiff.sweeps.units import Run, Unit
+from etherdiff.system.errors import UserError
+from etherdiff.system.leftovers import clear_leftovers
+from etherdiff.system.locks import run_lock
 
 WRONG_INPUT = 2
 """The status of a command whose input is wrong: trying again changes nothing."""

@@ -3,11 +3,11 @@
 import json
 from enum import IntEnum
 
-from etherdiff.errors import UserError
-from etherdiff.runfolder import RunFolder, check_result, is_sealed, manifest_of, read_settings
+from etherdiff.runs.folder import RunFolder, check_result, is_sealed, manifest_of, read_settings
 from etherdiff.sweeps.spec import OWN_KEYS
 from etherdiff.sweeps.states import read_state, scores_hash
 from etherdiff.sweeps.units import Run
+from etherdiff.system.errors import UserError
 
 
 class Stage(IntEnum):

@@ -7,16 +7,16 @@ from typing import Any
 
 from etherdiff.config import DreamBoothConfig, PerturbConfig, RunConfig, S2IConfig
 from etherdiff.control.pairs import ControlDataset
-from etherdiff.devices import resolve_device
-from etherdiff.errors import UserError
 from etherdiff.eval.backbones import find_backbones
+from etherdiff.eval.evaluate import EvalOptions, prompt_texts
+from etherdiff.eval.evaluate_control import ControlOptions, choose_pairs
 from etherdiff.eval.fid import fid_problem
 from etherdiff.eval.image_set import Scoring as SubjectScores
 from etherdiff.eval.metrics import CONTROL_METRICS
 from etherdiff.eval.readers import NotReadable, find_reader
-from etherdiff.evaluate import EvalOptions, prompt_texts
-from etherdiff.evaluate_control import ControlOptions, choose_pairs
 from etherdiff.sweeps.scoring import ControlScoring, Scoring, SubjectScoring
+from etherdiff.system.devices import resolve_device
+from etherdiff.system.errors import UserError
 
 
 class ScoringCheck:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from etherdiff.errors import UserError
+from etherdiff.system.errors import UserError
 
 T = TypeVar("T")
 

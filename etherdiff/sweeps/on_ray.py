@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from etherdiff.errors import UserError
-from etherdiff.signals import STOPPING
 from etherdiff.sweeps.execute import PATIENCE, Orders, Outcome, do_unit
 from etherdiff.sweeps.units import Unit
+from etherdiff.system.errors import UserError
+from etherdiff.system.signals import STOPPING
 
 LOST_NODES = 5
 """How often a unit whose node or worker is lost is begun again elsewhere, from its checkpoint."""

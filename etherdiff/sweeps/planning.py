@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from etherdiff.config import DreamBoothConfig, PerturbConfig, RunConfig, S2IConfig, TrainConfig, load_run_config
-from etherdiff.errors import UserError
-from etherdiff.jobs import plan_job
-from etherdiff.perturb import plan_perturbation
-from etherdiff.runfolder import RunFolder, write_settings
+from etherdiff.runs.folder import RunFolder, write_settings
 from etherdiff.sweeps.judging import ScoringCheck
 from etherdiff.sweeps.mistakes import Mistakes
 from etherdiff.sweeps.spec import OWN_KEYS, PREVIOUS, Sweep, Variant
 from etherdiff.sweeps.tasks import TASKS
 from etherdiff.sweeps.units import Run, Unit
-from etherdiff.ui import console
+from etherdiff.system.errors import UserError
+from etherdiff.system.terminal import console
+from etherdiff.tasks import plan_job
+from etherdiff.tasks.perturb import plan_perturbation
 
 
 def plan_units(sweep: Sweep, output: Path, for_now: bool = True) -> list[Unit]:

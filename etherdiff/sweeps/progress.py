@@ -14,7 +14,7 @@ from rich.text import Text
 from etherdiff.sweeps.execute import Outcome
 from etherdiff.sweeps.states import read_state
 from etherdiff.sweeps.units import Run
-from etherdiff.ui import console, say
+from etherdiff.system.terminal import console, say
 
 TAIL = 4096
 """Bytes from the end of metrics.jsonl that hold its last line."""

@@ -23,10 +23,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from etherdiff.config import RunConfig, load_run_config, load_yaml
-from etherdiff.errors import UserError
 from etherdiff.sweeps.mistakes import Mistakes
 from etherdiff.sweeps.scoring import Scoring
 from etherdiff.sweeps.tasks import TASKS
+from etherdiff.system.errors import UserError
 
 M = TypeVar("M", bound=BaseModel)
 PREVIOUS = "{previous}"

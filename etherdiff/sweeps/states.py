@@ -4,8 +4,8 @@ import hashlib
 import json
 from typing import Any
 
-from etherdiff.files import write_text
 from etherdiff.sweeps.units import Run
+from etherdiff.system.files import write_text
 
 
 def read_state(run: Run) -> dict[str, Any]:

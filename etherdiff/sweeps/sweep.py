@@ -11,10 +11,6 @@ from pathlib import Path
 import torch
 import yaml
 
-from etherdiff import signals
-from etherdiff.errors import RunError, Stopped, UserError
-from etherdiff.files import write_text
-from etherdiff.locks import LOCK, run_lock
 from etherdiff.sweeps.backend import Backend, Here
 from etherdiff.sweeps.execute import Orders, Outcome
 from etherdiff.sweeps.finished import Stage, stage_of
@@ -24,7 +20,11 @@ from etherdiff.sweeps.progress import Progress
 from etherdiff.sweeps.spec import Sweep, read_sweep
 from etherdiff.sweeps.states import expect_scores
 from etherdiff.sweeps.units import Run, Unit, shell_command
-from etherdiff.ui import say, warn
+from etherdiff.system import signals
+from etherdiff.system.errors import RunError, Stopped, UserError
+from etherdiff.system.files import write_text
+from etherdiff.system.locks import LOCK, run_lock
+from etherdiff.system.terminal import say, warn
 
 COPY = "sweep.yaml"
 FORWARDED = ("ETHERDIFF_CACHE", "ETHERDIFF_DATA")

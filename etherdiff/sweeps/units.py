@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from etherdiff.runfolder import RunFolder
+from etherdiff.runs.folder import RunFolder
 from etherdiff.sweeps.scoring import Scoring
 from etherdiff.sweeps.tasks import TASKS
 

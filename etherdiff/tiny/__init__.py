@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from etherdiff.shipped import ASSETS
+from etherdiff.system.paths import ASSETS
 
 
 def tiny_folder() -> Path:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from etherdiff.paths import cache_dir, made_once
+from etherdiff.system.paths import cache_dir, made_once
 from etherdiff.tiny.world import render_subject
 
 IMAGES = 5

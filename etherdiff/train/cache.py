@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from etherdiff.files import save_tensors
-from etherdiff.paths import cache_dir
+from etherdiff.system.files import save_tensors
+from etherdiff.system.paths import cache_dir
 
 Tensors = dict[str, Tensor]
 

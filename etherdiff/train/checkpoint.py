@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
-from etherdiff.files import file_hash, save_tensors, staged_folder
+from etherdiff.system.files import file_hash, save_tensors, staged_folder
 from etherdiff.train.loop import TrainingState
 
 FORMAT = 2

@@ -12,12 +12,12 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import Tensor
 
-from etherdiff.files import file_hash, write_text
-from etherdiff.locks import turn
-from etherdiff.paths import cache_dir
-from etherdiff.sampling import chunks
+from etherdiff.families.sampling import chunks
+from etherdiff.system.files import file_hash, write_text
+from etherdiff.system.locks import turn
+from etherdiff.system.paths import cache_dir
+from etherdiff.system.terminal import track, warn
 from etherdiff.train.cache import digest
-from etherdiff.ui import track, warn
 
 PIXELS_AT_ONCE = 4 * 512 * 512
 BETWEEN_RECORDS = 64  # batches after which it is recorded how far the work is

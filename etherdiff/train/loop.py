@@ -17,8 +17,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from etherdiff.config import TrainConfig
-from etherdiff.devices import resolve_device
-from etherdiff.errors import NotFiniteError
+from etherdiff.system.devices import resolve_device
+from etherdiff.system.errors import NotFiniteError
 from etherdiff.train.randomness import Draw, integer
 
 Batch = dict[str, Tensor]

@@ -7,14 +7,14 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 
-from etherdiff import signals
 from etherdiff.config import TrainConfig
-from etherdiff.errors import RunError, Stopped
-from etherdiff.files import flush
-from etherdiff.runfolder import RunFolder, append_metrics
+from etherdiff.runs.folder import RunFolder, append_metrics
+from etherdiff.system import signals
+from etherdiff.system.errors import RunError, Stopped
+from etherdiff.system.files import flush
+from etherdiff.system.terminal import progress_bar, warn
 from etherdiff.train.checkpoint import remove_old_checkpoints, save_checkpoint
 from etherdiff.train.loop import Batch, TrainingState, on_device
-from etherdiff.ui import progress_bar, warn
 
 T = TypeVar("T")
 

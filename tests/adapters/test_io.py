@@ -10,7 +10,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from etherdiff import models
 from etherdiff.adapters import io, methods
 from etherdiff.adapters.io import (
     adapter_names,
@@ -22,7 +21,8 @@ from etherdiff.adapters.io import (
     save_adapter,
 )
 from etherdiff.adapters.methods import METHODS, MethodOptions, add_adapter, trainable_parameters
-from etherdiff.errors import UserError
+from etherdiff.families import bases as models
+from etherdiff.system.errors import UserError
 
 BASE = {"name": "tiny", "fingerprint": {"unet": "0" * 64}}
 EXACT = [name for name, method in METHODS.items() if method.lora_exact]
@@ -452,7 +452,7 @@ def test_a_crash_while_writing_leaves_the_old_adapter(saved, unet, tmp_path, mon
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("etherdiff.files.save_file", half_way)
+    monkeypatch.setattr("etherdiff.system.files.save_file", half_way)
     with pytest.raises(OSError, match="no space"):
         save_adapter(model, folder)
     assert contents(folder) == before

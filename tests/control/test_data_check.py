@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from etherdiff import cli
 from etherdiff.control.check import check_dataset, render
 from etherdiff.control.datasets import find_dataset
-from etherdiff.errors import UserError
+from etherdiff.system.errors import UserError
 from etherdiff.tiny.world import CLASSES, render_scene
 
 

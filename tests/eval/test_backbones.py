@@ -9,11 +9,11 @@ from eval_toys import CLIP_PREPROCESSOR, SIZE, clip_model, draw, pillow_processo
 from PIL import Image
 from transformers import CLIPModel, ResNetForImageClassification, ViTModel
 
-from etherdiff.errors import UserError
 from etherdiff.eval import backbones as backbones_module
 from etherdiff.eval.backbones import PRESETS, ROLES, find_backbones, load_backbone
 from etherdiff.eval.lpips_distance import lpips_distances
-from etherdiff.files import file_hash
+from etherdiff.system.errors import UserError
+from etherdiff.system.files import file_hash
 
 
 def pixels(backbone, *images):

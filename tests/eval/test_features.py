@@ -12,7 +12,7 @@ from etherdiff.eval.features import Features, compute_features, encode_images, h
 from etherdiff.eval.lpips_distance import lpips_distances
 from etherdiff.eval.network import Backbone, Identity
 from etherdiff.eval.preprocessing import Preprocessing
-from etherdiff.images import read_image
+from etherdiff.images.reading import read_image
 
 DINO, BOTH = frozenset({"dino"}), frozenset({"dino", "clip"})
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from eval_toys import draw
 from PIL import Image
+from tiny_world.upernet import make_model
 from transformers import (
     AutoImageProcessor,
     SegformerConfig,
@@ -17,10 +18,9 @@ from transformers import (
 )
 
 from etherdiff.control.palettes import find_palette
-from etherdiff.errors import UserError
 from etherdiff.eval import backbones as backbones_module
 from etherdiff.eval.segmenter import SEGMENTERS, load_segmenter
-from etherdiff.tiny.builder.upernet import make_model
+from etherdiff.system.errors import UserError
 from etherdiff.tiny.world import CLASSES
 
 SIZE = 32

@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw
 from etherdiff.adapters.io import save_adapter
 from etherdiff.adapters.methods import MethodOptions, add_adapter
 from etherdiff.config import DreamBoothConfig
-from etherdiff.images import save_png
-from etherdiff.models import Base, fingerprint, load_base
-from etherdiff.runfolder import RunFolder, write_settings
-from etherdiff.sampling import save_images
-from etherdiff.subjects import prompts_for
+from etherdiff.families.bases import Base, fingerprint, load_base
+from etherdiff.families.sampling import save_images
+from etherdiff.images.reading import save_png
+from etherdiff.runs.folder import RunFolder, write_settings
+from etherdiff.tasks.subjects import prompts_for
 
 PLACES = ["#dfe9f2", "#c9dfb8", "#f2e2c4", "#d9d2ea", "#f4d0cf", "#cfe8e4"]
 SCORES = {  # the run's, its base's, the real images'

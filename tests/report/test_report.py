@@ -8,11 +8,11 @@ import pytest
 from report_runs import picture, write_curves, write_evaluation, write_run, write_samples
 from test_markup import HOSTILE, Parsed
 
-from etherdiff.errors import UserError
-from etherdiff.images import save_png
-from etherdiff.models import find_base, load_base
+from etherdiff.families.bases import find_base, load_base
+from etherdiff.images.reading import save_png
 from etherdiff.report import write_report
 from etherdiff.report.album import Album
+from etherdiff.system.errors import UserError
 
 TAGS = {
     "a", "bdi", "body", "circle", "code", "dd", "details", "div", "dl", "dt", "figcaption", "figure", "footer", "g", "h1", "h2",

@@ -7,7 +7,7 @@ from typing import Any
 
 from etherdiff.config import DreamBoothConfig, S2IConfig
 from etherdiff.eval.metrics import METRICS
-from etherdiff.runfolder import RunFolder, write_settings
+from etherdiff.runs.folder import RunFolder, write_settings
 
 PROMPTS = 25
 

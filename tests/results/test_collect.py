@@ -5,8 +5,8 @@ import json
 import pytest
 from synthetic_runs import change_result, write_curve, write_run, write_state
 
-from etherdiff.errors import UserError
 from etherdiff.results.runs import collect
+from etherdiff.system.errors import UserError
 
 SCORES = {"dino": 0.6, "clip_t": 0.25}
 

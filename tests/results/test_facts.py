@@ -15,13 +15,13 @@ from synthetic_runs import write_curve, write_run
 from etherdiff.adapters.io import load_adapter, merge_adapter, save_adapter
 from etherdiff.adapters.methods import ATTENTION, MethodOptions, add_adapter, magnitude_config, trainable_parameters
 from etherdiff.config import DreamBoothConfig
-from etherdiff.errors import UserError
-from etherdiff.inspection import inspect_base
-from etherdiff.models import find_base, load_base
+from etherdiff.families.bases import find_base, load_base
 from etherdiff.results import facts
 from etherdiff.results.facts import FACTS, fact
 from etherdiff.results.runs import Run, collect
-from etherdiff.runfolder import write_manifest
+from etherdiff.runs.folder import write_manifest
+from etherdiff.system.errors import UserError
+from etherdiff.use.inspection import inspect_base
 
 METHODS = ("ether", "ether+", "lora", "oft", "vera", "full")
 

@@ -8,11 +8,11 @@ from PIL import Image
 from synthetic_runs import change_result, write_curve, write_run, write_state
 
 from etherdiff import cli
-from etherdiff.errors import UserError
 from etherdiff.results.curves import CurveOptions, make_figure
 from etherdiff.results.drawing import METHOD_STYLES, draw_figure
 from etherdiff.results.keys import METHOD_ORDER
 from etherdiff.results.pooling import t_interval
+from etherdiff.system.errors import UserError
 
 RATES = (1e-5, 1e-3, 1e-1)
 

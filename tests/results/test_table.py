@@ -10,11 +10,11 @@ from scipy import stats
 from synthetic_runs import change_result, score, write_curve, write_run, write_scores, write_state
 
 from etherdiff.config import PerturbConfig
-from etherdiff.errors import UserError
 from etherdiff.eval.paper import PAPER_S2I, PAPER_SUBJECTS
 from etherdiff.results.formats import as_csv, as_html, as_markdown
 from etherdiff.results.tables import TableOptions, make_table
-from etherdiff.runfolder import RunFolder, write_settings
+from etherdiff.runs.folder import RunFolder, write_settings
+from etherdiff.system.errors import UserError
 
 SUBJECTS = ("ball", "box", "cup", "star", "lamp", "hat")
 TOPS = {"ether+": 0.66, "lora": 0.64, "oft": 0.62}

@@ -12,13 +12,13 @@ import time
 import pytest
 from sweeps.sweep_files import PROGRAM, events, write_file
 
-from etherdiff.locks import run_lock
-from etherdiff.runfolder import RunFolder
+from etherdiff.runs.folder import RunFolder
 from etherdiff.sweeps import execute
 from etherdiff.sweeps.execute import Interrupted, Orders, do_unit
 from etherdiff.sweeps.finished import Stage, stage_of
 from etherdiff.sweeps.states import expect_scores, read_state
 from etherdiff.sweeps.sweep import SweepOptions, plan_sweep, write_files
+from etherdiff.system.locks import run_lock
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ORDERS = Orders(retries=1, session="this", program=PROGRAM)

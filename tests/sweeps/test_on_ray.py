@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 from sweeps.sweep_files import events, options, start, wait_until, write_file
 
-from etherdiff.errors import UserError
 from etherdiff.sweeps.states import read_state
 from etherdiff.sweeps.sweep import plan_sweep, run_sweep
+from etherdiff.system.errors import UserError
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -6,11 +6,11 @@ import pytest
 from sweeps.sweep_files import TINY, write_file
 
 from etherdiff.config import DreamBoothConfig
-from etherdiff.errors import UserError
-from etherdiff.jobs import plan_job
 from etherdiff.sweeps.planning import plan_units
 from etherdiff.sweeps.spec import read_sweep
 from etherdiff.sweeps.units import shell_command
+from etherdiff.system.errors import UserError
+from etherdiff.tasks import plan_job
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

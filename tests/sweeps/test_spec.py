@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from etherdiff.errors import UserError
 from etherdiff.sweeps.scoring import ControlScoring, SubjectScoring
 from etherdiff.sweeps.spec import Resources, read_sweep
+from etherdiff.system.errors import UserError
 
 
 @pytest.fixture

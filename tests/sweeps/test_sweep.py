@@ -15,10 +15,10 @@ import yaml
 from sweeps.sweep_files import PROGRAM, events, options, start, wait_until, write_file
 
 from etherdiff import cli
-from etherdiff.errors import RunError, UserError
-from etherdiff.locks import run_lock
 from etherdiff.sweeps import sweep as sweep_module
 from etherdiff.sweeps.sweep import dry_run, print_commands, run_sweep
+from etherdiff.system.errors import RunError, UserError
+from etherdiff.system.locks import run_lock
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

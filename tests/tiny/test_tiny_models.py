@@ -8,6 +8,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from tiny_world import clip, dino, features, upernet
+from tiny_world.autoencoder import psnr
+from tiny_world.data import scene_set, to_tensor
+from tiny_world.judge import judge
+from tiny_world.tokenizer import write_tokenizer
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -17,14 +22,9 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
-from etherdiff.models import find_base, load_base, make_pipeline
-from etherdiff.sampling import sample
-from etherdiff.shipped import ASSETS
-from etherdiff.tiny.builder import clip, dino, features, upernet
-from etherdiff.tiny.builder.autoencoder import psnr
-from etherdiff.tiny.builder.data import scene_set, to_tensor
-from etherdiff.tiny.builder.tokenizer import write_tokenizer
-from etherdiff.tiny.judge import judge
+from etherdiff.families.bases import find_base, load_base, make_pipeline
+from etherdiff.families.sampling import sample
+from etherdiff.system.paths import ASSETS
 from etherdiff.tiny.world import CLASSES, render_scene
 
 TINY = ASSETS / "tiny"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from etherdiff import files as files_module
+from etherdiff.system import files as files_module
 from etherdiff.train import cache
 from etherdiff.train.cache import cached, digest
 

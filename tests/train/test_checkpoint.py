@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from etherdiff import files as files_module
 from etherdiff.config import TrainConfig
+from etherdiff.system import files as files_module
 from etherdiff.train.checkpoint import checkpoint_path, load_checkpoint, newest_checkpoint, save_checkpoint
 from etherdiff.train.loop import TrainingState, fit, make_accelerator, prepare_training
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from etherdiff.files import write_text
-from etherdiff.paths import cache_dir
+from etherdiff.system.files import write_text
+from etherdiff.system.paths import cache_dir
 from etherdiff.train import latents
 from etherdiff.train.latents import stored_latents
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from etherdiff.control.readers.listing import Listing, Row, caption_of, merged_captions
-from etherdiff.errors import UserError
-from etherdiff.images import list_images
+from etherdiff.images.reading import list_images
+from etherdiff.system.errors import UserError
 
 FOLDERS = ("ade20k", "ade20k/ADEChallengeData2016", "ADEChallengeData2016")
 CAPTION_FILES = ("captions.jsonl", "prompt_train.json", "prompt_val.json")

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from etherdiff.control.readers.listing import Listing, Row, caption_of, merged_captions
-from etherdiff.errors import UserError
-from etherdiff.images import list_images
+from etherdiff.images.reading import list_images
+from etherdiff.system.errors import UserError
 
 SPLITS = ("train2017", "val2017")
 

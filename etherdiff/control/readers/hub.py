@@ -12,9 +12,9 @@ from PIL import Image
 from etherdiff.control.captions import TEXT_KEYS, first_of
 from etherdiff.control.readers.imagefolder import METADATA, read_imagefolder
 from etherdiff.control.readers.listing import Listing
-from etherdiff.errors import UserError
-from etherdiff.paths import cache_dir, made_once
-from etherdiff.ui import track
+from etherdiff.system.errors import UserError
+from etherdiff.system.paths import cache_dir, made_once
+from etherdiff.system.terminal import track
 
 VERSION = 1  # of what is unpacked here
 IMAGE_COLUMNS = ("image", "jpg", "target")

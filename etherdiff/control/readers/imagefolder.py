@@ -6,7 +6,7 @@ from pathlib import Path
 
 from etherdiff.control.captions import CONTROL_KEYS, IMAGE_KEYS, TEXT_KEYS, first_of, read_lines
 from etherdiff.control.readers.listing import Listing, Row
-from etherdiff.errors import UserError
+from etherdiff.system.errors import UserError
 
 METADATA = "metadata.jsonl"
 TRAINING = ("train", "training")

@@ -7,9 +7,9 @@ from PIL import Image
 
 from etherdiff.control.readers.imagefolder import METADATA, read_imagefolder
 from etherdiff.control.readers.listing import Listing
-from etherdiff.paths import cache_dir, made_once
+from etherdiff.system.paths import cache_dir, made_once
+from etherdiff.system.terminal import track
 from etherdiff.tiny.world import render_scene
-from etherdiff.ui import track
 
 VERSION = 1  # of what is rendered here; a new one is rendered beside the old
 TRAINING = 6000

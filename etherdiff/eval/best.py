@@ -1,0 +1,185 @@
+"""The best step of a run: a few images drawn and scored every `eval_every` steps, and the adapter of the best of them.
+
+Best is the highest √(DINO · CLIP-T), the geometric mean: likeness alone is highest where a run copies its photos, agreement
+with the prompt alone where it has learned nothing, and a product counts a change of 1% in either alike, though CLIP-T moves on
+a smaller scale. DINO is that to the held-out images where there are some, since the photos themselves reward copying.
+
+The set is small (4 of the 25 prompts, one image each): enough for a course, too small for a table, which is `etherdiff eval`'s.
+"""
+
+import json
+from collections.abc import Mapping
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from etherdiff.adapters.io import save_adapter
+from etherdiff.config import DreamBoothConfig
+from etherdiff.eval.backbones import PRESETS, find_backbones
+from etherdiff.eval.image_set import PromptImages, Scoring
+from etherdiff.eval.network import Backbone
+from etherdiff.eval.protocol import EvalPrompt, make_prompts
+from etherdiff.eval.results import eval_folder
+from etherdiff.eval.scores import score_images
+from etherdiff.families.bases import StableDiffusion, encode_prompts, make_pipeline
+from etherdiff.families.sampling import PAPER_SAMPLING, sample, slug
+from etherdiff.images.reading import save_png
+from etherdiff.runs.folder import RunFolder, read_metrics
+from etherdiff.system.errors import UserError
+from etherdiff.system.files import staged_folder, write_text
+from etherdiff.system.terminal import say
+from etherdiff.tasks.planning import DreamBoothPlan
+from etherdiff.tasks.subjects import find_subject, prompts_for
+
+METRICS = ("dino", "clip_t")
+ROLES = ("dino", "clip")
+EVERY = 7
+"""Of the 25 prompts, the 1st, 8th, 15th and 22nd: places, company and looks are among them."""
+SEED = 0
+
+
+def find_networks(config: DreamBoothConfig) -> dict[str, Backbone] | None:
+    """What scores along the way; None where nothing does: switched off, or `auto` and a network would have to be fetched.
+
+    Raises:
+        UserError: switched on, but a network cannot be had.
+    """
+    preset = "tiny" if config.base == "tiny" else "paper"
+    if config.eval_scores == "off" or (config.eval_scores == "auto" and not _at_hand(preset)):
+        return None
+    return find_backbones(ROLES, preset, device=config.device)
+
+
+def _at_hand(preset: str) -> bool:
+    """Whether the preset's networks are on this machine."""
+    specs = [PRESETS[preset][role] for role in ROLES]
+    if preset != "tiny":
+        return all(_in_hub_cache(spec) for spec in specs)
+    try:
+        find_backbones(ROLES, preset, device="cpu")
+    except UserError:
+        return False
+    return True
+
+
+def _in_hub_cache(repo: str) -> bool:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return False
+    weights = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    return bool(weights) and (folder / "preprocessor_config.json").is_file()
+
+
+class StepScorer:
+    """Draws and scores the UNet as it is, and keeps best/; made before the text encoder goes and the adapter comes."""
+
+    def __init__(
+        self, plan: DreamBoothPlan, model: StableDiffusion, backbones: dict[str, Backbone], base: Mapping[str, Any]
+    ) -> None:
+        """base: the name and fingerprint that are recorded beside an adapter."""
+        config = plan.config
+        self.run, self.model, self.backbones, self.base = RunFolder(plan.output), model, backbones, dict(base)
+        self.resolution = plan.base.resolution
+        self.subject = find_subject(config.subject, config.data_root)
+        self.prompts = curve_prompts(config)
+        # one by one: what is computed together decides the last bits, and a resumed run finds some of it in the cache
+        self.scoring = Scoring(metrics=METRICS, device=config.device, batch_size=1, workers=0)
+        model.text_encoder.to(model.unet.device)
+        texts = [prompt.text for prompt in self.prompts]
+        embeddings = encode_prompts(model.tokenizer, model.text_encoder, [*texts, ""])
+        self.text, self.empty = embeddings[:-1], embeddings[-1:]
+        self.adapted: nn.Module | None = None
+        """What holds the adapter, once it is there."""
+
+    @property
+    def dino(self) -> str:
+        """The name of the score that likeness is judged by."""
+        return "dino_held_out" if self.subject.held_out else "dino"
+
+    def score_step(self, step: int) -> dict[str, float]:
+        """DINO and CLIP-T of the present weights, rounded; they are kept in best/ where they are the best so far."""
+        images = self._draw(step)
+        with torch.autocast(self.model.unet.device.type, enabled=False):
+            found = score_images(self.subject.images, self.subject.held_out, images, self.scoring, loaded=self.backbones)
+        if missing := [name for name in (self.dino, "clip_t") if name not in found["scores"]]:
+            raise UserError([f"no {name}: {found['not_scored'].get(name)}" for name in missing])
+        scores = {"dino": round(found["scores"][self.dino]["mean"], 6), "clip_t": round(found["scores"]["clip_t"]["mean"], 6)}
+        self._keep_if_best(step, scores)
+        return scores
+
+    @torch.no_grad()
+    def _draw(self, step: int) -> list[PromptImages]:
+        unet, vae = self.model.unet, self.model.vae
+        vae.to(unet.device, unet.dtype)
+        pipeline = make_pipeline(self.model)
+        folder, found = eval_folder(self.run.path) / "steps" / f"step-{step:06d}", []
+        for number, prompt in enumerate(self.prompts):
+            embeddings: dict[str, Any] = {
+                "prompt_embeds": self.text[number][None].to(unet.device, unet.dtype),
+                "negative_prompt_embeds": self.empty.to(unet.device, unet.dtype),
+            }
+            (image,) = sample(pipeline, None, [SEED], self.resolution, **embeddings)
+            path = folder / f"{number:03d}-{slug(prompt.text)}" / f"{SEED}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_png(image, path, {"prompt": prompt.text, "seed": SEED, "training_step": step, **PAPER_SAMPLING})
+            found.append(PromptImages(prompt.text, (path,), (SEED,), prompt.plain))
+        return found
+
+    def _keep_if_best(self, step: int, scores: Mapping[str, float]) -> None:
+        assert self.adapted is not None
+        score, before = round(combined(scores), 6), read_best(self.run)
+        if before is not None and before["score"] >= score:
+            return
+        reference = "held-out images" if self.subject.held_out else "training images"
+        best = {"step": step, "score": score, **scores, "reference": reference, "why": "the highest so far"}
+        with staged_folder(self.run.best) as staged:
+            save_adapter(self.adapted, staged, self.base)
+            (staged / "best.json").write_text(json.dumps(best, indent=2) + "\n", encoding="utf-8")
+
+
+def curve_prompts(config: DreamBoothConfig) -> tuple[EvalPrompt, ...]:
+    """The few prompts that are drawn along the way."""
+    texts = prompts_for(str(config.class_noun), config.identifier, tiny=config.base == "tiny")
+    return make_prompts(texts[::EVERY], config.identifier, str(config.class_noun))
+
+
+def combined(scores: Mapping[str, float]) -> float:
+    """√(DINO · CLIP-T); 0 where either is not positive."""
+    return sqrt(max(scores["dino"], 0.0) * max(scores["clip_t"], 0.0))
+
+
+def read_best(run: RunFolder) -> dict[str, Any] | None:
+    """What best/ holds, if it is there and whole."""
+    try:
+        best = json.loads((run.best / "best.json").read_text(encoding="utf-8"))
+        return {**best, "step": int(best["step"]), "score": float(best["score"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def say_best(run: RunFolder) -> None:
+    """At a run's end: which step is best, and why, also in best.json."""
+    best, curve = read_best(run), learning_curve(run)
+    if best is None or not curve:
+        return
+    last = curve[-1]
+    why = (
+        f"step {best['step']} is the best of {len(curve)} evaluations: √(DINO · CLIP-T) = {best['score']:.4f} "
+        f"(DINO {best['dino']:.4f} to the {best['reference']}, CLIP-T {best['clip_t']:.4f})"
+    )
+    if last["step"] != best["step"]:
+        why += f"; the last, step {last['step']}, has {combined(last):.4f}"
+    write_text(run.best / "best.json", json.dumps(best | {"why": why}, indent=2) + "\n")
+    say(f"{run.best}: {why}")
+
+
+def learning_curve(run: RunFolder) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl that have scores."""
+    return [row for row in read_metrics(run) if row.get("dino") is not None and row.get("clip_t") is not None]

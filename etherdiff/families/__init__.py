@@ -1,0 +1,1 @@
+"""What differs between kinds of base models, and how a base is found and loaded."""

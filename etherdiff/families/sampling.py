@@ -1,0 +1,72 @@
+"""Pictures: images of prompts and seeds, each a function of its own seed, and the sheets that show them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from etherdiff.images.reading import contact_sheet, save_png
+
+T = TypeVar("T")
+PAPER_SAMPLING: dict[str, Any] = {"sampler": "DPM++ 2M", "steps": 25, "guidance_scale": 7.5}
+"""How the paper draws subject images (its design follows DreamBooth's): see `make_pipeline` for the scheduler."""
+
+S2I_SAMPLING: dict[str, Any] = {"sampler": "DDIM", "steps": 50, "guidance_scale": 9.0}
+"""How the paper draws from control: see `make_s2i_pipeline`."""
+
+
+def sample(
+    pipeline: StableDiffusionPipeline,
+    prompt: str | None,
+    seeds: Sequence[int],
+    resolution: int,
+    steps: int = 25,
+    guidance_scale: float = 7.5,
+    **more: Any,
+) -> list[Image.Image]:
+    """An image per seed, in one batch. An image's noise comes from its own seed, drawn on the CPU whatever the device.
+
+    `more` goes to the pipeline: a negative prompt, or embeddings in place of prompts where the text encoder is gone.
+    """
+    return pipeline(
+        prompt,
+        height=resolution,
+        width=resolution,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        num_images_per_prompt=len(seeds),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        **more,
+    ).images
+
+
+def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """The items in their order, `size` at a time."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def save_images(images: dict[tuple[str, int], Image.Image], folder: Path, settings: dict[str, Any]) -> list[Path]:
+    """Each image as PROMPT-NUMBER/SEED.png with its settings inside; keys are (prompt, seed)."""
+    prompts = list(dict.fromkeys(prompt for prompt, _ in images))
+    paths = []
+    for (prompt, seed), image in images.items():
+        path = folder / f"{prompts.index(prompt):03d}-{slug(prompt)}" / f"{seed}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(image, path, {"prompt": prompt, "seed": seed, **settings})
+        paths.append(path)
+    return paths
+
+
+def sheet(rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str]) -> Image.Image:
+    """Rows of images of equal number under labels."""
+    flat = [image for row in rows for image in row]
+    return contact_sheet(flat, len(rows[0]), list(row_labels), list(column_labels))
+
+
+def slug(text: str, length: int = 40) -> str:
+    """A prompt as part of a file name: letters and digits only, never empty, never a path."""
+    words = "".join(c if c.isascii() and c.isalnum() else " " for c in text).split()
+    return "-".join(words)[:length].strip("-") or "prompt"

@@ -1,0 +1,70 @@
+"""What the machine does to a run, in words that say what to change."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from etherdiff.config import TrainConfig
+from etherdiff.system.errors import RunError
+from etherdiff.system.files import system_error
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+CPU_ALLOCATION = ("can't allocate memory", "could not create a memory object", "std::bad_alloc")  # RuntimeErrors of torch's
+
+
+@contextmanager
+def explained(config: TrainConfig, run: Path) -> Iterator[None]:
+    """Turn running out of memory or disk into a RunError that says what would do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise RunError(out_of_memory(config, run)) from error
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        where = error.filename or run
+        raise RunError(
+            f"{where} could not be written: {error.strerror}. Every checkpoint written before is whole: "
+            f"make room, then go on with: etherdiff resume {run}"
+        ) from error
+
+
+def machine_fault(error: Exception) -> str | None:
+    """What a command that is not `explained` says when memory or disk gave out; None where something else is wrong."""
+    if _is_out_of_memory(error):
+        return "out of memory. Free some and start the command again; where it draws images, a smaller --batch-size takes less"
+    if isinstance(error, SafetensorError):
+        error = system_error(error)
+    if not isinstance(error, OSError) or error.errno not in DISK:
+        return None
+    return f"{error.filename or 'the disk'}: {error.strerror}. Make room there, or write elsewhere, and start the command again"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    in_words = isinstance(error, RuntimeError) and any(text in str(error) for text in CPU_ALLOCATION)
+    return in_words or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def out_of_memory(config: TrainConfig, run: Path) -> str:
+    """What to change, with the options that are not used yet."""
+    changes = []
+    if config.batch_size > 1:
+        parts = config.batch_size * config.gradient_accumulation
+        changes.append(f"--batch-size 1 --gradient-accumulation {parts} (the same batch, piece by piece)")
+    if not config.gradient_checkpointing:
+        changes.append("--gradient-checkpointing")
+    if config.mixed_precision == "no":
+        changes.append("--mixed-precision bf16")
+    if config.method == "full":
+        changes.append("an adapter instead of --method full")
+    changes.append("a smaller --resolution")
+    return (
+        f"out of memory. Start again with {', or '.join(changes)}; "
+        f"or, if another program took the memory, go on with: etherdiff resume {run}"
+    )

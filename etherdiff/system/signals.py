@@ -1,0 +1,64 @@
+"""Signals that stop a run: acted on at once, or, where something has to be finished first, remembered."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from etherdiff.system.errors import Stopped
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM sends SIGUSR1 before a job's time is up
+
+
+class _Signals:
+    received: int | None = None
+    deferring: bool = False
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """Within, the first of `STOPPING` raises Stopped, and a SIGINT after it ends the process at once. Main thread only."""
+    _Signals.received, _Signals.deferring = None, False
+    before = {number: signal.signal(number, _handle) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _Signals.received, _Signals.deferring = None, False
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Within, a signal raises nothing: `received` has to be asked."""
+    before, _Signals.deferring = _Signals.deferring, True
+    try:
+        yield
+    finally:
+        _Signals.deferring = before
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """A part of what is `deferred` that may be cut short: a signal, also one that came before, raises Stopped here."""
+    before, _Signals.deferring = _Signals.deferring, False
+    try:
+        if _Signals.received is not None:
+            raise Stopped(_Signals.received)
+        yield
+    finally:
+        _Signals.deferring = before
+
+
+def received() -> int | None:
+    """The first signal that came, if any."""
+    return _Signals.received
+
+
+def _handle(number: int, _: object) -> None:
+    if _Signals.received is None:
+        _Signals.received = number
+        if not _Signals.deferring:
+            raise Stopped(number)
+    elif number == signal.SIGINT:
+        os._exit(128 + number)

@@ -1,0 +1,259 @@
+"""The subjects to learn: DreamBooth's 30 with their class nouns and prompts, the tiny world's, and any folder of images."""
+
+import difflib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from etherdiff.images.reading import IMAGE_SUFFIXES, list_images
+from etherdiff.system.errors import UserError
+from etherdiff.tiny.dreambooth import PROMPTS as TINY_PROMPTS
+from etherdiff.tiny.dreambooth import subject_folder
+from etherdiff.tiny.subjects import SUBJECTS as TINY_SUBJECTS
+
+HUB_DATASET = "google/dreambooth"
+"""The Hugging Face hub dataset with the 30 subjects, as dataset/NAME/*.jpg."""
+
+SUBJECT_CLASSES = {
+    "backpack": "backpack",
+    "backpack_dog": "backpack",
+    "bear_plushie": "stuffed animal",
+    "berry_bowl": "bowl",
+    "can": "can",
+    "candle": "candle",
+    "cat": "cat",
+    "cat2": "cat",
+    "clock": "clock",
+    "colorful_sneaker": "sneaker",
+    "dog": "dog",
+    "dog2": "dog",
+    "dog3": "dog",
+    "dog5": "dog",
+    "dog6": "dog",
+    "dog7": "dog",
+    "dog8": "dog",
+    "duck_toy": "toy",
+    "fancy_boot": "boot",
+    "grey_sloth_plushie": "stuffed animal",
+    "monster_toy": "toy",
+    "pink_sunglasses": "glasses",
+    "poop_emoji": "toy",
+    "rc_car": "toy",
+    "red_cartoon": "cartoon",
+    "robot_toy": "toy",
+    "shiny_sneaker": "sneaker",
+    "teapot": "teapot",
+    "vase": "vase",
+    "wolf_plushie": "stuffed animal",
+}
+"""DreamBooth's 30 subjects and the class noun of each (prompts_and_classes.txt of the dataset)."""
+
+LIVE_CLASSES = ("cat", "dog")
+"""Class nouns that take `LIVE_PROMPTS`; every other takes `OBJECT_PROMPTS`."""
+
+_PLACES = (
+    "a {identifier} {class_noun} in the jungle",
+    "a {identifier} {class_noun} in the snow",
+    "a {identifier} {class_noun} on the beach",
+    "a {identifier} {class_noun} on a cobblestone street",
+    "a {identifier} {class_noun} on top of pink fabric",
+    "a {identifier} {class_noun} on top of a wooden floor",
+    "a {identifier} {class_noun} with a city in the background",
+    "a {identifier} {class_noun} with a mountain in the background",
+    "a {identifier} {class_noun} with a blue house in the background",
+    "a {identifier} {class_noun} on top of a purple rug in a forest",
+)
+_PROPERTIES = (
+    "a red {identifier} {class_noun}",
+    "a purple {identifier} {class_noun}",
+    "a shiny {identifier} {class_noun}",
+    "a wet {identifier} {class_noun}",
+    "a cube shaped {identifier} {class_noun}",
+)
+
+OBJECT_PROMPTS = (
+    *_PLACES,
+    "a {identifier} {class_noun} with a wheat field in the background",
+    "a {identifier} {class_noun} with a tree and autumn leaves in the background",
+    "a {identifier} {class_noun} with the Eiffel Tower in the background",
+    "a {identifier} {class_noun} floating on top of water",
+    "a {identifier} {class_noun} floating in an ocean of milk",
+    "a {identifier} {class_noun} on top of green grass with sunflowers around it",
+    "a {identifier} {class_noun} on top of a mirror",
+    "a {identifier} {class_noun} on top of the sidewalk in a crowded street",
+    "a {identifier} {class_noun} on top of a dirt road",
+    "a {identifier} {class_noun} on top of a white rug",
+    *_PROPERTIES,
+)
+"""DreamBooth's 25 prompt templates for objects, in the dataset's order."""
+
+LIVE_PROMPTS = (
+    *_PLACES,
+    "a {identifier} {class_noun} wearing a red hat",
+    "a {identifier} {class_noun} wearing a santa hat",
+    "a {identifier} {class_noun} wearing a rainbow scarf",
+    "a {identifier} {class_noun} wearing a black top hat and a monocle",
+    "a {identifier} {class_noun} in a chef outfit",
+    "a {identifier} {class_noun} in a firefighter outfit",
+    "a {identifier} {class_noun} in a police outfit",
+    "a {identifier} {class_noun} wearing pink glasses",
+    "a {identifier} {class_noun} wearing a yellow shirt",
+    "a {identifier} {class_noun} in a purple wizard outfit",
+    *_PROPERTIES,
+)
+"""DreamBooth's 25 prompt templates for live subjects, in the dataset's order."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a run learns: its images, and the class noun where it is known (a subject of DreamBooth or of the tiny world)."""
+
+    name: str
+    class_noun: str | None
+    images: tuple[Path, ...]
+    held_out: tuple[Path, ...] = ()
+    """Further images, in the subfolder `held_out`, that nothing is learnt from: to judge by."""
+
+
+def prompts_for(class_noun: str, identifier: str, tiny: bool = False) -> list[str]:
+    """The 25 evaluation prompts of DreamBooth, "a sks dog in the jungle" and on, or those of what the tiny base knows."""
+    templates = TINY_PROMPTS if tiny else LIVE_PROMPTS if class_noun in LIVE_CLASSES else OBJECT_PROMPTS
+    return [template.format(identifier=identifier, class_noun=class_noun) for template in templates]
+
+
+def find_subject(subject: str, data_root: Path | None) -> Subject:
+    """The images of a folder, else of data_root/dreambooth/NAME, else of a subject of the tiny world, else of one of the 30.
+
+    The tiny world's are rendered in the cache, the 30 come from the hub.
+
+    Args:
+        subject: a folder of images (absolute, or relative to the working directory), or a subject's name.
+        data_root: where --data-root or ETHERDIFF_DATA points.
+
+    Raises:
+        UserError: no such folder or name, no images in it, or the hub did not give them.
+    """
+    folder = _home_expanded(subject)
+    if subject.strip() and _is_folder(folder):
+        return _from_folder(folder)
+    if _is_plain_name(subject) and data_root is not None and _is_folder(data_root / "dreambooth" / subject):
+        return _from_folder(data_root / "dreambooth" / subject)
+    if subject in TINY_SUBJECTS:
+        return _from_folder(subject_folder(subject))
+    if subject in SUBJECT_CLASSES:
+        return _from_folder(_fetch_from_hub(subject, data_root))
+    raise UserError(_why_not_found(subject, folder, data_root))
+
+
+def _home_expanded(subject: str) -> Path:
+    try:
+        return Path(subject).expanduser()
+    except RuntimeError:  # ~name of nobody here
+        return Path(subject)
+
+
+def _is_folder(path: Path) -> bool:
+    return _holds(path.is_dir)
+
+
+def _holds(test: Callable[[], bool]) -> bool:
+    try:
+        return test()
+    except (OSError, ValueError):  # a name too long or impossible for the file system, a parent not to be entered
+        return False
+
+
+def _is_plain_name(subject: str) -> bool:
+    """One path component and nothing that leads out of the folder it is looked up in."""
+    return bool(subject.strip()) and subject not in (".", "..") and not set(subject) & set("/\\:\0")
+
+
+def _from_folder(folder: Path) -> Subject:
+    name = folder.resolve().name if folder.name in ("", "..") else folder.name
+    try:
+        images = tuple(list_images(folder))
+        if not images:
+            raise UserError(
+                f"no images in {folder}: it holds {_content(folder)}; images are files that end in "
+                f"{', '.join(IMAGE_SUFFIXES)}, right inside the folder"
+            )
+    except OSError as error:
+        raise UserError(f"cannot look into {folder}: {error.strerror or error}") from error
+    held_out = tuple(list_images(folder / "held_out")) if _is_folder(folder / "held_out") else ()
+    return Subject(name, _class_noun(name), images, held_out)
+
+
+def _class_noun(name: str) -> str | None:
+    return TINY_SUBJECTS[name].class_noun if name in TINY_SUBJECTS else SUBJECT_CLASSES.get(name)
+
+
+def _content(folder: Path) -> str:
+    """What a folder holds, in a few words: "2 .txt files, 1 folder"."""
+    kinds = Counter("folder" if _is_folder(path) else f"{path.suffix} file".strip() for path in folder.iterdir())
+    named = [f"{count} {kind}{'s' * (count > 1)}" for kind, count in sorted(kinds.items())]
+    return ", ".join(named) or "nothing"
+
+
+def _fetch_from_hub(name: str, data_root: Path | None) -> Path:
+    """The folder with the subject's images in the hub's cache, downloaded when they are not there yet."""
+    import huggingface_hub  # imported here: slow, and most runs have the images
+
+    where = f"dataset/{name}"
+    try:
+        snapshot = huggingface_hub.snapshot_download(HUB_DATASET, repo_type="dataset", allow_patterns=f"{where}/*.jpg")
+        folder = Path(snapshot) / where
+        if _is_folder(folder) and list_images(folder):
+            return folder
+        reason = f"it gave no {where}/*.jpg"  # offline, the hub answers with what its cache has of the dataset
+    except Exception as error:  # its own errors, those of its HTTP library, of the disk
+        reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+        raise UserError(_why_not_fetched(name, data_root, reason)) from error
+    raise UserError(_why_not_fetched(name, data_root, reason))
+
+
+def _why_not_fetched(name: str, data_root: Path | None, reason: str) -> str:
+    return (
+        f"no images of subject '{name}': tried the folder ./{name} (not there), {_data_root_tried(name, data_root)}, "
+        f"and the hub dataset {HUB_DATASET} ({reason}). Pass a folder of images as --subject, or point --data-root "
+        f"or ETHERDIFF_DATA at a folder DATA that holds them as DATA/dreambooth/{name}"
+    )
+
+
+def _data_root_tried(name: str, data_root: Path | None) -> str:
+    if data_root is None:
+        return "the data root (none is given)"
+    return f"the data root's {data_root / 'dreambooth' / name} (not there)"
+
+
+def _why_not_found(subject: str, folder: Path, data_root: Path | None) -> str:
+    if not subject.strip():
+        return "--subject is empty: give a folder of images or a subject's name"
+    if _holds(folder.is_file):
+        return f"{subject} is a file: give the folder that holds the images as --subject"
+    if not _is_plain_name(subject):
+        return f"no folder at {subject!r}: give an existing folder of images, or a subject's name such as dog"
+    return _why_unknown(subject, data_root)
+
+
+def _why_unknown(subject: str, data_root: Path | None) -> str:
+    local = _subjects_in(data_root)
+    close = difflib.get_close_matches(subject.lower(), sorted({*SUBJECT_CLASSES, *TINY_SUBJECTS, *local}), n=3)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    if data_root is None:
+        found = "No data root is given (--data-root or ETHERDIFF_DATA)"
+    else:
+        found = f"Subjects in {data_root / 'dreambooth'}: {', '.join(local) or 'none'}"
+    return (
+        f"subject '{subject}' is neither a folder nor a known name.{hint} {found}. "
+        f"The tiny world's: {', '.join(TINY_SUBJECTS)}. Fetched from the hub by name: {', '.join(SUBJECT_CLASSES)}"
+    )
+
+
+def _subjects_in(data_root: Path | None) -> list[str]:
+    if data_root is None:
+        return []
+    try:
+        return sorted(path.name for path in (data_root / "dreambooth").iterdir() if _is_folder(path))
+    except OSError:
+        return []

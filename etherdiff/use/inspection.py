@@ -1,0 +1,477 @@
+"""What a method would train and what a step of it would cost, counted on the base's architecture: no weight is read.
+
+The UNet is built without storage and one training step runs through it on shapes alone: forward with the
+mean-squared loss, and backward. Counted is the UNet's step. Text and images are encoded before training; the S2I
+control encoder, the optimizer's update and elementwise work (which moves memory rather than computes) are left out.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from rich import box
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+from etherdiff.adapters.methods import (
+    METHODS,
+    TARGETS,
+    MethodOptions,
+    add_adapter,
+    magnitude_config,
+    resolve_options,
+    trainable_parameters,
+)
+from etherdiff.families.bases import Base, find_base
+from etherdiff.system.errors import UserError
+
+TASK_TARGETS = {"dreambooth": "attention", "s2i": "attention+geglu"}
+MAGNITUDE = "magnitude"  # re-fitting after OFT: inspected like a method, though it is not one
+FLOAT32_BYTES = 4
+THROUGHPUT_SIDE = {"cpu": 512, "mps": 2048, "cuda": 8192}  # enough to fill the device, little enough to be quick
+THROUGHPUT_SECONDS = 0.2
+
+
+# --- The two questions -----------------------------------------------------------------------------------------------
+
+
+def inspect_base(
+    base: str,
+    task: str = "dreambooth",
+    methods: list[str] | None = None,
+    targets: str | None = None,
+    *,
+    blocks: int | None = None,
+    rank: int | None = None,
+    resolution: int | None = None,
+    batch_size: int = 1,
+) -> dict[str, Any]:
+    """Compare methods on a base: the content of `etherdiff inspect --json`.
+
+    task: dreambooth or s2i, which decides the targets unless they are given (a key of TARGETS). methods: names, None
+    for all; `blocks` and `rank` then go to those that have them. resolution: pixels, None for the base's own.
+
+    Per method: parameters, bytes of the adapter's file (float32), FLOPs of a step, and bytes that autograd saves in it
+    (float32); the last two are None, with a "note", where they cannot be counted. "path" is where the base is (a folder
+    or a .safetensors file) if it is local, else None. UserError with every mistake.
+    """
+    names = [*METHODS, MAGNITUDE] if methods is None else methods
+    options = MethodOptions(blocks=blocks, rank=rank)
+    problems = _request_problems(task, targets, names, batch_size)
+    if methods is not None:
+        problems += _option_problems(names, options)
+    if problems:
+        raise UserError(problems)
+    found, local_path = _locate(base)
+    resolution = found.resolution if resolution is None else resolution
+    if resolution < 1 or resolution % found.resolution_step:
+        raise UserError(f"resolution: must be a multiple of {found.resolution_step} for {base}, not {resolution}.")
+    targets = targets or TASK_TARGETS[task]
+    options = replace(options, targets=TARGETS[targets])
+    plain = _meta_unet(found)
+    return {
+        "base": base,
+        "task": task,
+        "targets": targets,
+        "layers": count_layers(plain, options.targets),
+        "unet_parameters": _numel(plain.parameters()),
+        "path": local_path and str(local_path),
+        "resolution": resolution,
+        "batch_size": batch_size,
+        "methods": {name: _inspect_method(found, name, _readable(name, options), resolution, batch_size) for name in names},
+    }
+
+
+def training_estimate(
+    base: Base,
+    method: str,
+    options: MethodOptions,
+    *,
+    resolution: int,
+    batch_size: int,
+    gradient_checkpointing: bool = False,
+    weight_bytes: int = FLOAT32_BYTES,
+    optimizer_bytes: int = 8,
+) -> dict[str, Any]:
+    """What a training run would take: trainable_parameters, step_flops, and memory in bytes by what holds it.
+
+    batch_size: images in one forward pass, those of prior preservation included. weight_bytes: per frozen weight, 4 or
+    2; with 2 the step computes in half precision as under CUDA's autocast. optimizer_bytes: per trainable parameter.
+
+    total = weights (frozen) + trainable_and_optimizer (float32 value, gradient, optimizer state) + activations (what
+    autograd saves; with gradient checkpointing the blocks' inputs and the most that one block saves when it is computed
+    again). What kernels and the allocator need on top is not in it. activations, total and step_flops are None, with a
+    "note", where a step cannot be counted.
+    """
+    half = weight_bytes < FLOAT32_BYTES
+    adapted = _adapt(base, method, options, torch.bfloat16 if half else torch.float32)
+    trainable = _numel(trainable_parameters(adapted.model).values())
+    frozen = sum(t.nbytes for t in _tensors(adapted.model) if not t.requires_grad)
+    cost = _step_cost(base, adapted, resolution, batch_size, half, gradient_checkpointing)
+    kept = trainable * (2 * FLOAT32_BYTES + optimizer_bytes)
+    return {
+        "trainable_parameters": trainable,
+        "weights": frozen,
+        "trainable_and_optimizer": kept,
+        "activations": cost and cost.activation_bytes,
+        "total": cost and frozen + kept + cost.activation_bytes,
+        "step_flops": cost and cost.flops,
+    } | _note(adapted)
+
+
+def measure_throughput(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product on the device, timed for a fifth of a second.
+
+    A training step reaches only part of it, so FLOPs divided by this is the least time a step can take.
+    """
+    kind = torch.device(device).type
+    side = THROUGHPUT_SIDE.get(kind, THROUGHPUT_SIDE["cpu"])
+    matrix = torch.ones(side, side, device=device, dtype=dtype)
+    _synchronised_product(matrix)  # the first one also loads and chooses kernels
+    products, start = 0, time.perf_counter()
+    while time.perf_counter() - start < THROUGHPUT_SECONDS:
+        _synchronised_product(matrix)
+        products += 1
+    return products * 2 * side**3 / (time.perf_counter() - start)
+
+
+def _synchronised_product(matrix: Tensor) -> None:
+    (matrix @ matrix)[0, 0].item()
+
+
+def render_inspection(result: dict[str, Any]) -> Table:
+    """The result of `inspect_base` for a person to read."""
+    title = (
+        f"{result['base']}, {result['targets']}: {result['layers']} layers; "
+        f"a step of {result['batch_size']} x {result['resolution']} px, float32"
+    )
+    notes = [f"{name}: {row['note']}" for name, row in result["methods"].items() if "note" in row]
+    table = Table(title=title, caption="\n".join(notes) or None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    for column in ("trainable", "% of\nUNet", "file\nMB", "GFLOP\n/step", "saved\nMB", "learn.\nrate"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("LoRA\nexact", justify="center", no_wrap=True)
+    for name, row in result["methods"].items():
+        rate = row["default_learning_rate"]
+        table.add_row(
+            name,
+            f"{row['trainable_parameters']:,}",
+            f"{100 * row['trainable_parameters'] / result['unet_parameters']:.3g}",
+            _scaled(row["adapter_bytes"], 1e6, ",.1f"),
+            _scaled(row["step_flops"], 1e9, ",.1f"),
+            _scaled(row["saved_bytes"], 1e6, ",.1f"),
+            "–" if rate is None else f"{rate:g}",
+            "yes" if row["lora_exact"] else "no",
+        )
+    return table
+
+
+def _scaled(value: int | None, unit: float, form: str) -> str:
+    return "–" if value is None else format(value / unit, form)
+
+
+# --- What was asked for ----------------------------------------------------------------------------------------------
+
+
+def _request_problems(task: str, targets: str | None, names: list[str], batch_size: int) -> list[str]:
+    known_names = (*METHODS, MAGNITUDE)
+    problems = [
+        f"method: {name!r} is unknown; choose from {', '.join(known_names)}." for name in names if name not in known_names
+    ]
+    if task not in TASK_TARGETS:
+        problems.append(f"task: {task!r} is unknown; choose from {', '.join(TASK_TARGETS)}.")
+    if targets is not None and targets not in TARGETS:
+        problems.append(f"targets: {targets!r} is unknown; choose from {', '.join(TARGETS)}.")
+    if batch_size < 1:
+        problems.append(f"batch_size: must be at least 1, not {batch_size}.")
+    return problems
+
+
+def _option_problems(names: list[str], options: MethodOptions) -> list[str]:
+    problems = []
+    for name in names:
+        if name == MAGNITUDE and (options.blocks is not None or options.rank is not None):
+            problems.append("magnitude re-fitting has neither blocks nor rank.")
+        elif name in METHODS:
+            try:
+                resolve_options(name, options)
+            except ValueError as error:
+                problems.append(f"{error}.")
+    return problems
+
+
+def _readable(name: str, options: MethodOptions) -> MethodOptions:
+    """The options without those that the method does not have."""
+    has = METHODS[name].options if name in METHODS else frozenset()
+    return replace(options, blocks=options.blocks if "blocks" in has else None, rank=options.rank if "rank" in has else None)
+
+
+def _locate(name: str) -> tuple[Base, Path | None]:
+    """The base's configuration; and where the base itself is, if the user has it in a place of their own."""
+    base = find_base(name, parts="configs")
+    is_local = name == "tiny" or Path(name).expanduser().exists()
+    return base, base.local_path if is_local else None
+
+
+# --- The model without storage ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Adapted:
+    """A UNet on the meta device, and what saves its trainable parameters: a PeftModel around it, or itself."""
+
+    unet: Any  # a UNet2DConditionModel, whose bases mypy cannot see
+    model: nn.Module
+
+
+def _meta_unet(base: Base) -> Any:
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(base.config("unet"))
+
+
+def _adapt(base: Base, method: str, options: MethodOptions, dtype: torch.dtype = torch.float32) -> _Adapted:
+    """Put a method, or the magnitudes, into the base's UNet with frozen weights in `dtype`, ready to train."""
+    unet = _meta_unet(base)
+    is_full = method != MAGNITUDE and METHODS[method].config is None
+    if not is_full:  # weights that are trained stay in float32
+        for parameter in unet.parameters():
+            parameter.data = parameter.data.to(dtype)
+    try:
+        if method == MAGNITUDE:
+            model: nn.Module = get_peft_model(unet.requires_grad_(False), magnitude_config(options.targets))
+        else:
+            model = add_adapter(unet, method, options)
+    except ValueError as error:
+        raise UserError(f"method {method} does not fit {base.name}: {error}.") from error
+    unet.train()
+    return _Adapted(unet, model)
+
+
+def count_layers(unet: nn.Module, endings: tuple[str, ...]) -> int:
+    """The linear layers whose names end in one of these module names."""
+    dotted = tuple(f".{ending}" for ending in endings)
+    return sum(isinstance(module, nn.Linear) and f".{name}".endswith(dotted) for name, module in unet.named_modules())
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _numel(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _inspect_method(base: Base, name: str, options: MethodOptions, resolution: int, batch_size: int) -> dict[str, Any]:
+    adapted = _adapt(base, name, options)
+    row: dict[str, Any] = {
+        "trainable_parameters": _numel(trainable_parameters(adapted.model).values()),
+        "adapter_bytes": safetensors_bytes(_saved_state(adapted.model)),
+    }
+    cost = _step_cost(base, adapted, resolution, batch_size)
+    method = METHODS.get(name)
+    return (
+        row
+        | {
+            "step_flops": cost and cost.flops,
+            "saved_bytes": cost and cost.activation_bytes,
+            "default_learning_rate": method and method.learning_rate,
+            "lora_exact": method is not None and method.lora_exact,
+        }
+        | _note(adapted)
+    )
+
+
+def _note(adapted: _Adapted) -> dict[str, str]:
+    """What a reader has to know about a method's figures on this machine, if anything."""
+    if _runs_own_kernel(adapted.unet):
+        return {"note": "FLOPs and memory cannot be counted with PEFT's CUDA extension for BOFT"}
+    return {}
+
+
+def _runs_own_kernel(unet: nn.Module) -> bool:
+    """Whether a compiled extension computes a layer, which needs real tensors."""
+    return any(getattr(module, "fbd_cuda_available", False) for module in unet.modules())
+
+
+# --- Size on disk ----------------------------------------------------------------------------------------------------
+
+
+def _saved_state(model: nn.Module) -> dict[str, Tensor]:
+    if not isinstance(model, PeftModel):
+        return model.state_dict()
+    # save_embedding_layers: its default asks the hub about the base
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def safetensors_bytes(tensors: dict[str, Tensor]) -> int:
+    """The exact size of the file that safetensors writes for these tensors in float32.
+
+    Its layout: 8 bytes for the header's length, the header (compact JSON, tensors by name, padded to 8), the data.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(tensors):
+        start, end = end, end + FLOAT32_BYTES * tensors[name].numel()
+        header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + end
+
+
+# --- A step on shapes ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One forward and backward. activation_bytes: the most that is saved for backward at one time."""
+
+    flops: int
+    activation_bytes: int
+
+
+def _step_cost(
+    base: Base,
+    adapted: _Adapted,
+    resolution: int,
+    batch_size: int,
+    half: bool = False,
+    gradient_checkpointing: bool = False,
+) -> StepCost | None:
+    """A step of the base's UNet at this size, which uses the UNet up; None where only real tensors would do."""
+    if _runs_own_kernel(adapted.unet):
+        return None
+    side, unet = resolution // base.latent_scale, adapted.unet.config
+    latents = (batch_size, unet.in_channels, side, side)
+    text = (batch_size, base.config("text_encoder")["max_position_embeddings"], unet.cross_attention_dim)
+    return count_step(adapted.unet, latents, text, half, gradient_checkpointing)
+
+
+def count_step(
+    unet: Any,
+    latents: tuple[int, ...],
+    text: tuple[int, ...],
+    half: bool = False,
+    gradient_checkpointing: bool = False,
+) -> StepCost:
+    """Count one step from its inputs' shapes.
+
+    unet: a UNet2DConditionModel on the meta device; it is left with fake tensors. They claim to be on the CPU, so that
+    attention is fused and autocast works as in training. On the meta device attention would fall apart into plain
+    products, and its whole map would be saved.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        unet.to_empty(device="cpu")
+        saved, flops = _SavedBytes(_tensors(unet)), _Flops()
+        checkpoint = _CountingCheckpoint(saved, flops)
+        if gradient_checkpointing:
+            unet.enable_gradient_checkpointing(checkpoint)
+        dtype = torch.bfloat16 if half else torch.float32
+        inputs = (
+            torch.empty(latents, dtype=dtype),
+            torch.empty(latents[:1], dtype=torch.long),
+            torch.empty(text, dtype=dtype),
+        )
+        with flops:
+            with saved, _cuda_like_autocast() if half else contextlib.nullcontext():
+                loss = unet(*inputs, return_dict=False)[0].float().square().mean()
+            loss.backward()
+    return StepCost(flops.total + checkpoint.recomputed_flops, saved.total + checkpoint.largest_block)
+
+
+def _solve_flops(a: torch.Size, b: torch.Size, *args: Any, **kwargs: Any) -> int:
+    """LU decomposition, 2/3 n³, and two triangular solves, 2 n² per right-hand side; a (..., n, n)."""
+    return 2 * a.numel() * a[-1] // 3 + 2 * a[-1] * b.numel()
+
+
+def _lu_solve_flops(lu: torch.Size, pivots: torch.Size, b: torch.Size, *args: Any, **kwargs: Any) -> int:
+    """Two triangular solves with a decomposition that is there already."""
+    return 2 * lu[-1] * b.numel()
+
+
+# of OFT's and BOFT's Cayley transform and its backward; torch counts no solves
+SOLVE_FORMULAS = {torch.ops.aten._linalg_solve_ex: _solve_flops, torch.ops.aten.linalg_lu_solve: _lu_solve_flops}
+FLOP_FORMULAS = flop_registry | {op: shape_wrapper(formula) for op, formula in SOLVE_FORMULAS.items()}
+
+
+class _Flops(TorchDispatchMode):
+    """Adds up torch's FLOP formulas. So does FlopCounterMode, but by module, which takes half as long again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = FLOP_FORMULAS.get(func.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out
+
+
+class _SavedBytes(saved_tensors_hooks):
+    """Adds up what autograd saves for backward while this is entered: each storage once, `ignored` ones never."""
+
+    def __init__(self, ignored: Iterable[Tensor] = (), seen: Iterable[StorageWeakRef] = ()) -> None:
+        super().__init__(self.add, lambda tensor: tensor)
+        self.total = 0
+        # weak references also keep a freed storage's identity from being given to a new one
+        self.seen = {*seen, *(StorageWeakRef(tensor.untyped_storage()) for tensor in ignored)}
+
+    def add(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        reference = StorageWeakRef(storage)
+        if reference not in self.seen:
+            self.seen.add(reference)
+            self.total += storage.nbytes()
+        return tensor
+
+
+class _CountingCheckpoint:
+    """Stands in for torch's checkpoint: keeps a block's inputs, and counts what computing it again would take."""
+
+    def __init__(self, kept: _SavedBytes, flops: _Flops) -> None:
+        self.kept, self.flops = kept, flops
+        self.largest_block = self.recomputed_flops = 0
+
+    def __call__(self, block: Any, *inputs: Any) -> Any:
+        for tensor in inputs:
+            if isinstance(tensor, Tensor):
+                self.kept.add(tensor)
+        before = self.flops.total
+        inside = _SavedBytes(seen=self.kept.seen)
+        with inside:
+            output = block(*inputs)
+        self.recomputed_flops += self.flops.total - before
+        self.largest_block = max(self.largest_block, inside.total)
+        return output
+
+
+class _Float32Norms(TorchFunctionMode):
+    """Normalises in float32 as CUDA's autocast does, and the CPU's does not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.group_norm, F.layer_norm):
+            args = [value.float() if isinstance(value, Tensor) else value for value in args]
+            kwargs = {k: v.float() if isinstance(v, Tensor) else v for k, v in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _cuda_like_autocast() -> Iterator[None]:
+    with torch.autocast("cpu", torch.bfloat16), _Float32Norms():
+        yield
