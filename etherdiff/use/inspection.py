@@ -7,9 +7,11 @@ control encoder, the optimizer's update and elementwise work (which moves memory
 
 import contextlib
 import json
+import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from etherdiff.adapters.methods import (
 )
 from etherdiff.families.bases import Base, find_base
 from etherdiff.system.errors import UserError
+from etherdiff.system.terminal import warn
 
 TASK_TARGETS = {"dreambooth": "attention", "s2i": "attention+geglu"}
 MAGNITUDE = "magnitude"  # re-fitting after OFT: inspected like a method, though it is not one
@@ -389,6 +392,8 @@ def count_step(
             with saved, _cuda_like_autocast() if half else contextlib.nullcontext():
                 loss = unet(*inputs, return_dict=False)[0].float().square().mean()
             loss.backward()
+    for operator in sorted(flops.uncounted):
+        _warn_of_uncounted(operator)
     return StepCost(flops.total + checkpoint.recomputed_flops, saved.total + checkpoint.largest_block)
 
 
@@ -402,17 +407,51 @@ def _lu_solve_flops(lu: torch.Size, pivots: torch.Size, b: torch.Size, *args: An
     return 2 * lu[-1] * b.numel()
 
 
-# of OFT's and BOFT's Cayley transform and its backward; torch counts no solves
-SOLVE_FORMULAS = {torch.ops.aten._linalg_solve_ex: _solve_flops, torch.ops.aten.linalg_lu_solve: _lu_solve_flops}
-FLOP_FORMULAS = flop_registry | {op: shape_wrapper(formula) for op, formula in SOLVE_FORMULAS.items()}
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any) -> int:
+    """Scores, and their mean of the values; shapes (batch, heads, tokens, width)."""
+    return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
+
+
+def _attention_backward_flops(
+    gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any
+) -> int:
+    """The scores once more, and the gradients of scores, values, queries and keys."""
+    return 2 * query[:-1].numel() * key[-2] * (3 * query[-1] + 2 * value[-1])
+
+
+def _attention_formulas() -> dict[Any, Callable[..., int]]:
+    """Of torch's fused attentions, those that this release has. Its own registry lacks the CPU's before 2.15."""
+    names = [f"{kind}_attention" for kind in ("flash", "efficient", "cudnn")]
+    names += ["flash_attention_for_cpu", "fused_attention_overrideable"]
+    formulas = {f"_scaled_dot_product_{name}": _attention_flops for name in [*names, "attention_math_for_mps"]}
+    formulas |= {f"_scaled_dot_product_{name}_backward": _attention_backward_flops for name in names}
+    return {getattr(torch.ops.aten, name): of for name, of in formulas.items() if hasattr(torch.ops.aten, name)}
+
+
+OWN_FORMULAS = {
+    # of OFT's and BOFT's Cayley transform and its backward
+    torch.ops.aten._linalg_solve_ex: _solve_flops,
+    torch.ops.aten.linalg_lu_solve: _lu_solve_flops,
+    **_attention_formulas(),
+}
+FLOP_FORMULAS = {op: shape_wrapper(formula) for op, formula in OWN_FORMULAS.items()} | flop_registry
+MATRIX_WORK = re.compile(
+    r"(^|_)((add|b|badd|addb)?mm|(add)?mv|v?dot|matmul|(bi|tri)?linear|attention|conv[123]d|conv(olution)?|cdist|lstm|gru|rnn"
+    r"|solve|lu|qr|svd|eigh?|eigvalsh?|inv|cholesky|lstsq|(slog)?det)(_|$)"
+)
+"""In the names of operators that multiply or decompose matrices."""
 
 
 class _Flops(TorchDispatchMode):
-    """Adds up torch's FLOP formulas. So does FlopCounterMode, but by module, which takes half as long again."""
+    """Adds up FLOP formulas. So does torch's FlopCounterMode, but by module, which takes half as long again.
+
+    uncounted: the operators that do matrix work and have no formula; `total` leaves them out.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
+        self.uncounted: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -420,7 +459,14 @@ class _Flops(TorchDispatchMode):
         formula = FLOP_FORMULAS.get(func.overloadpacket)
         if formula is not None:
             self.total += formula(*args, **kwargs, out_val=out)
+        elif MATRIX_WORK.search(func.overloadpacket.__name__):
+            self.uncounted.add(str(func.overloadpacket))
         return out
+
+
+@lru_cache  # once for each operator, however many steps are counted
+def _warn_of_uncounted(operator: str) -> None:
+    warn(f"step_flops leaves {operator} out: torch {torch.__version__} has no FLOP formula for it, nor has etherdiff")
 
 
 class _SavedBytes(saved_tensors_hooks):

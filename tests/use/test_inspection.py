@@ -1,5 +1,6 @@
 import gc
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -11,14 +12,14 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from etherdiff.adapters.io import save_adapter
 from etherdiff.adapters.methods import METHODS, TARGETS, MethodOptions, add_adapter, magnitude_config
 from etherdiff.families.bases import find_base
 from etherdiff.system.errors import UserError
 from etherdiff.use import inspection
-from etherdiff.use.inspection import inspect_base, measure_throughput, render_inspection, training_estimate
+from etherdiff.use.inspection import MATRIX_WORK, inspect_base, measure_throughput, render_inspection, training_estimate
 
 NAMES = [*METHODS, "magnitude"]
 BOFT_WARNING = "ignore:(Failed to load the CUDA|Setting boft_n):UserWarning"
@@ -123,7 +124,7 @@ def test_adapter_bytes_are_those_of_the_file(tiny, name, tmp_path):
 def test_step_is_that_of_real_tensors(tiny, name):
     unet, _ = real_model(name)
     row = tiny["methods"][name]
-    with FlopCounterMode(display=False, custom_mapping=inspection.SOLVE_FORMULAS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=inspection.OWN_FORMULAS) as counter:
         real_loss(unet).backward()
     assert row["step_flops"] == counter.get_total_flops()
     gc.collect()
@@ -153,6 +154,53 @@ def test_flops_of_fused_attention():
         assert flops.total == 2 * product  # scores, and their mean of the values
         y.sum().backward()
     assert flops.total == 2 * product + 5 * product  # the scores once more, and four gradients
+
+
+ATTENTIONS = [
+    name.removeprefix("aten::")
+    for name in torch._C._dispatch_get_all_op_names()
+    # not: overloads, and the one that falls apart into products
+    if re.fullmatch(r"aten::_scaled_dot_product_\w+", name) and name != "aten::_scaled_dot_product_attention_math"
+]
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_flops_of_every_fused_attention_of_torch(name):
+    batch, heads, queries, keys, width, value_width = 2, 3, 5, 7, 11, 13
+    q, k, v, y = (
+        torch.empty(batch, heads, tokens, size, device="meta")
+        for tokens, size in ((queries, width), (keys, width), (keys, value_width), (queries, value_width))
+    )
+    formula = inspection.FLOP_FORMULAS[getattr(torch.ops.aten, name)]
+    of_keys, of_values = (2 * batch * heads * queries * keys * size for size in (width, value_width))
+    if name.endswith("_backward"):
+        # the scores again and the gradients of queries and keys; those of the scores and of the values
+        assert formula(y, q, k, v, out_val=None) == 3 * of_keys + 2 * of_values
+    else:
+        assert formula(q, k, v, out_val=None) == of_keys + of_values
+
+
+def test_all_of_torchs_own_formulas_are_used():
+    assert {op: inspection.FLOP_FORMULAS[op] for op in flop_registry} == flop_registry
+
+
+def test_matrix_work_without_a_formula_is_named(monkeypatch, capsys):
+    inspection._warn_of_uncounted.cache_clear()
+    monkeypatch.delitem(inspection.FLOP_FORMULAS, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+    whole = inspect_base("tiny", methods=["lora", "ether"])["methods"]["lora"]["step_flops"]
+    said = capsys.readouterr().err
+    assert said.count("step_flops leaves aten._scaled_dot_product_flash_attention_for_cpu out") == 1  # not once per method
+    assert "attention_for_cpu_backward" not in said
+    monkeypatch.undo()
+    assert inspect_base("tiny", methods=["lora"])["methods"]["lora"]["step_flops"] > whole
+    assert capsys.readouterr().err == ""
+
+
+def test_words_of_matrix_work():
+    work = "mm addmm _scaled_mm _weight_int8pack_mm linalg_qr _trilinear mkldnn_convolution linalg_inv_ex"
+    assert all(MATRIX_WORK.search(name) for name in work.split())
+    others = "upsample_bilinear2d linalg_vector_norm _fused_sdp_choice convert_element_type mul _softmax view"
+    assert not any(MATRIX_WORK.search(name) for name in others.split())
 
 
 def test_flops_of_a_solve():
@@ -233,7 +281,7 @@ def test_checkpointing_trades_activations_for_recomputation(plain):
     unet.enable_gradient_checkpointing()
     inputs_of_blocks = saved_by_autograd(unet)
     assert inputs_of_blocks < checkpointed["activations"] < plain["activations"]
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=inspection.OWN_FORMULAS) as counter:
         real_loss(unet).backward()
     assert plain["step_flops"] < counter.get_total_flops() <= checkpointed["step_flops"]  # torch stops early in a block
     assert checkpointed["step_flops"] == pytest.approx(counter.get_total_flops(), rel=0.05)
