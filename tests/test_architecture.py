@@ -1,9 +1,14 @@
 """Imports point down only (design, section 3), read from the sources."""
 
 import ast
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import etherdiff
 
@@ -128,3 +133,17 @@ def test_every_module_says_what_it_is_for():
         name for name, path in MODULES.items() if path.stat().st_size and not ast.get_docstring(ast.parse(path.read_text()))
     ]
     assert [name for name in silent if name != "etherdiff"] == []
+
+
+def test_what_is_imported_is_a_default_dependency():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    optional = {"bitsandbytes", "mediapipe", "ray", "wandb"}  # looked for before they are imported
+    modules = {name.split(".")[0] for module in MODULES for name in imported(module)}
+    providers = packages_distributions()
+    undeclared = {
+        module
+        for module in modules - optional - {"etherdiff", *sys.stdlib_module_names}
+        if declared.isdisjoint(canonicalize_name(provider) for provider in providers.get(module, []))
+    }
+    assert undeclared == set()

@@ -23,10 +23,9 @@ class OpenClip(ImageTextBackbone):
     """A model of open_clip: NAME:PRETRAINED, hf-hub:ORG/NAME or local-dir:FOLDER."""
 
     def __init__(self, spec: str, device: str) -> None:
-        with _installed("open_clip", "open_clip_torch"):
-            import open_clip
+        import open_clip
 
-            name, tag = (spec, None) if spec.startswith(("hf-hub:", "local-dir:")) else spec.rsplit(":", 1)
+        name, tag = (spec, None) if spec.startswith(("hf-hub:", "local-dir:")) else spec.rsplit(":", 1)
         with _readable(spec):
             model = open_clip.create_model(name, pretrained=tag, precision="fp32", require_pretrained=True)
             self.tokenizer = open_clip.get_tokenizer(name)
@@ -109,8 +108,8 @@ class Lpips(Backbone):
 
 def load_lpips(spec: str, device: str) -> Lpips:
     """lpips:alex, lpips:vgg or lpips:squeeze; the first use downloads torchvision's weights of that network."""
-    with _installed("lpips"):
-        import lpips
+    import lpips
+
     net = spec.removeprefix("lpips:")
     if net not in ("alex", "vgg", "squeeze"):
         raise UserError(f"{spec}: lpips has alex, vgg and squeeze")
@@ -145,21 +144,13 @@ class Inception(Backbone):
 
 def load_inception(spec: str, device: str) -> Inception:
     """inception (2048 features, the paper's FID) or inception:64, :192, :768; the first use downloads the weights."""
-    with _installed("torch_fidelity", "torch-fidelity"):
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
     features = spec.partition(":")[2] or "2048"
     if features not in ("64", "192", "768", "2048"):
         raise UserError(f"{spec}: Inception has 64, 192, 768 or 2048 features")
     with _readable(spec):
         return Inception(FeatureExtractorInceptionV3("inception-v3-compat", [features]), spec, device)
-
-
-@contextlib.contextmanager
-def _installed(module: str, package: str | None = None) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise UserError(f"{package or module} is not installed: pip install 'etherdiff[eval]'") from error
 
 
 @contextlib.contextmanager

@@ -271,12 +271,6 @@ def test_a_hub_dataset_with_unknown_columns(tmp_path):
         unpack([tmp_path / "other-0.parquet"], tmp_path / "out")
 
 
-def test_without_pyarrow_it_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
-    with pytest.raises(UserError, match="pip install pyarrow"):
-        unpack([tmp_path / "train-0.parquet"], tmp_path / "out")
-
-
 # the tiny world
 
 

@@ -28,7 +28,7 @@ def read_hub_dataset(repo: str) -> Listing:
     """Images, label maps and captions of a hub dataset.
 
     Raises:
-        UserError: it cannot be fetched, or pyarrow is not installed, or its columns are others.
+        UserError: it cannot be fetched, or its columns are others.
     """
     files = _fetch(repo)
     key = hashlib.sha256("\n".join(f"{path.name} {path.stat().st_size}" for path in files).encode()).hexdigest()[:16]
@@ -40,12 +40,10 @@ def unpack(files: list[Path], folder: Path) -> None:
     """Write the rows of parquet files (named after their split: train-00000-of-00010.parquet) as an imagefolder.
 
     Raises:
-        UserError: pyarrow is not installed, or columns for the image and the label map are not found.
+        UserError: columns for the image and the label map are not found.
     """
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise UserError("datasets of the hub come in parquet files: pip install pyarrow to read them") from error
+    import pyarrow.parquet as parquet
+
     lines: dict[str, list[str]] = {}
     for path in track(files, "unpacking"):
         split = SPLITS.get(path.name.split("-")[0])
