@@ -1,6 +1,7 @@
 """The subjects to learn: DreamBooth's 30 with their class nouns and prompts, the tiny world's, and any folder of images."""
 
 import difflib
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from etherdiff.images.reading import IMAGE_SUFFIXES, list_images
 from etherdiff.system.errors import UserError
+from etherdiff.system.paths import ASSETS
 from etherdiff.tiny.dreambooth import PROMPTS as TINY_PROMPTS
 from etherdiff.tiny.dreambooth import subject_folder
 from etherdiff.tiny.subjects import SUBJECTS as TINY_SUBJECTS
@@ -15,93 +17,18 @@ from etherdiff.tiny.subjects import SUBJECTS as TINY_SUBJECTS
 HUB_DATASET = "google/dreambooth"
 """The Hugging Face hub dataset with the 30 subjects, as dataset/NAME/*.jpg."""
 
-SUBJECT_CLASSES = {
-    "backpack": "backpack",
-    "backpack_dog": "backpack",
-    "bear_plushie": "stuffed animal",
-    "berry_bowl": "bowl",
-    "can": "can",
-    "candle": "candle",
-    "cat": "cat",
-    "cat2": "cat",
-    "clock": "clock",
-    "colorful_sneaker": "sneaker",
-    "dog": "dog",
-    "dog2": "dog",
-    "dog3": "dog",
-    "dog5": "dog",
-    "dog6": "dog",
-    "dog7": "dog",
-    "dog8": "dog",
-    "duck_toy": "toy",
-    "fancy_boot": "boot",
-    "grey_sloth_plushie": "stuffed animal",
-    "monster_toy": "toy",
-    "pink_sunglasses": "glasses",
-    "poop_emoji": "toy",
-    "rc_car": "toy",
-    "red_cartoon": "cartoon",
-    "robot_toy": "toy",
-    "shiny_sneaker": "sneaker",
-    "teapot": "teapot",
-    "vase": "vase",
-    "wolf_plushie": "stuffed animal",
-}
+_DREAMBOOTH = json.loads((ASSETS / "dreambooth.json").read_text(encoding="utf-8"))
+
+SUBJECT_CLASSES: dict[str, str] = _DREAMBOOTH["subjects"]
 """DreamBooth's 30 subjects and the class noun of each (prompts_and_classes.txt of the dataset)."""
 
-LIVE_CLASSES = ("cat", "dog")
+LIVE_CLASSES = tuple(_DREAMBOOTH["live"])
 """Class nouns that take `LIVE_PROMPTS`; every other takes `OBJECT_PROMPTS`."""
 
-_PLACES = (
-    "a {identifier} {class_noun} in the jungle",
-    "a {identifier} {class_noun} in the snow",
-    "a {identifier} {class_noun} on the beach",
-    "a {identifier} {class_noun} on a cobblestone street",
-    "a {identifier} {class_noun} on top of pink fabric",
-    "a {identifier} {class_noun} on top of a wooden floor",
-    "a {identifier} {class_noun} with a city in the background",
-    "a {identifier} {class_noun} with a mountain in the background",
-    "a {identifier} {class_noun} with a blue house in the background",
-    "a {identifier} {class_noun} on top of a purple rug in a forest",
-)
-_PROPERTIES = (
-    "a red {identifier} {class_noun}",
-    "a purple {identifier} {class_noun}",
-    "a shiny {identifier} {class_noun}",
-    "a wet {identifier} {class_noun}",
-    "a cube shaped {identifier} {class_noun}",
-)
-
-OBJECT_PROMPTS = (
-    *_PLACES,
-    "a {identifier} {class_noun} with a wheat field in the background",
-    "a {identifier} {class_noun} with a tree and autumn leaves in the background",
-    "a {identifier} {class_noun} with the Eiffel Tower in the background",
-    "a {identifier} {class_noun} floating on top of water",
-    "a {identifier} {class_noun} floating in an ocean of milk",
-    "a {identifier} {class_noun} on top of green grass with sunflowers around it",
-    "a {identifier} {class_noun} on top of a mirror",
-    "a {identifier} {class_noun} on top of the sidewalk in a crowded street",
-    "a {identifier} {class_noun} on top of a dirt road",
-    "a {identifier} {class_noun} on top of a white rug",
-    *_PROPERTIES,
-)
+OBJECT_PROMPTS: tuple[str, ...] = tuple(_DREAMBOOTH["object_prompts"])
 """DreamBooth's 25 prompt templates for objects, in the dataset's order."""
 
-LIVE_PROMPTS = (
-    *_PLACES,
-    "a {identifier} {class_noun} wearing a red hat",
-    "a {identifier} {class_noun} wearing a santa hat",
-    "a {identifier} {class_noun} wearing a rainbow scarf",
-    "a {identifier} {class_noun} wearing a black top hat and a monocle",
-    "a {identifier} {class_noun} in a chef outfit",
-    "a {identifier} {class_noun} in a firefighter outfit",
-    "a {identifier} {class_noun} in a police outfit",
-    "a {identifier} {class_noun} wearing pink glasses",
-    "a {identifier} {class_noun} wearing a yellow shirt",
-    "a {identifier} {class_noun} in a purple wizard outfit",
-    *_PROPERTIES,
-)
+LIVE_PROMPTS: tuple[str, ...] = tuple(_DREAMBOOTH["live_prompts"])
 """DreamBooth's 25 prompt templates for live subjects, in the dataset's order."""
 
 
