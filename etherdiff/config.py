@@ -1,14 +1,15 @@
-"""What a run can be told: every option with its unit and default, read from a recipe, --set and flags.
+"""Every command's options, each with its unit, default and bounds; and how they are read from recipes, --set and flags.
 
-The descriptions below are the command line's help.
+The descriptions are the command line's help. Nothing heavy is imported: names that belong to a registry (metrics, networks)
+are checked where the registry is.
 """
 
 import difflib
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from etherdiff.system.errors import UserError
 
@@ -21,13 +22,39 @@ PERTURB_METHOD_NAMES: tuple[str, ...] = get_args(PerturbMethodName)
 TARGET_NAMES: tuple[str, ...] = get_args(TargetName)
 NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, TypeError)  # all raised by PyYAML
 MAX_RECIPE_BYTES = 1_000_000
-C = TypeVar("C", bound="AdapterConfig")
+GUIDE_CONTROL = "apply guidance to the control as well (drop the hint in the unconditional pass)"
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+T = TypeVar("T")
+C = TypeVar("C", bound="Options")
 
 
-class AdapterConfig(BaseModel):
-    """What every run folder has: an adapter of some method on a base."""
+def _split_commas(value: Any) -> Any:
+    return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+
+
+SPLIT_COMMAS = BeforeValidator(_split_commas, json_schema_input_type=str | list[str])
+Listed = Annotated[T, SPLIT_COMMAS]
+"""Names, also as one text with commas between them."""
+
+
+class Options(BaseModel):
+    """What every command's options have in common."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_nul(cls, value: Any) -> Any:
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("must not hold a NUL character")  # no path has one, and nobody types it
+        return value
+
+
+# --- Recipes ---------------------------------------------------------------------------------------------------------
+
+
+class AdapterConfig(Options):
+    """What every run folder has: an adapter of some method on a base."""
 
     base: str = Field("sd15", description="Stable Diffusion 1.x/2.x: sd15, sd21, tiny, hub id, folder or .safetensors")
     prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
@@ -37,13 +64,6 @@ class AdapterConfig(BaseModel):
     method: S2IMethodName = Field("ether+", description=f"how to fine-tune: {', '.join(METHOD_NAMES)}")
     targets: TargetName = Field("attention", description=f"linear layers of the UNet to adapt: {', '.join(TARGET_NAMES)}")
     blocks: int | None = Field(None, ge=1, description="diagonal blocks n [default: 1 for ether, 4 for oft and naive]")
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_nul(cls, value: Any) -> Any:
-        if isinstance(value, str) and "\0" in value:
-            raise ValueError("must not hold a NUL character")  # no path has one, and nobody types it
-        return value
 
 
 class SubjectConfig(AdapterConfig):
@@ -85,7 +105,7 @@ class TrainConfig(AdapterConfig):
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="probability of training on the empty prompt")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="precision of the frozen model and autocast")
     gradient_checkpointing: bool = Field(False, description="recompute activations: about half the memory, a third slower")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to compute")
+    device: DeviceName = Field("auto", description="where to compute")
     seed: int = Field(0, ge=0, lt=2**63, description="everything random follows from it")
 
     checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
@@ -201,6 +221,250 @@ class PerturbConfig(SubjectConfig):
 
 RunConfig: TypeAlias = TrainConfig | PerturbConfig
 """What a run folder's run.yaml holds."""
+
+# --- The other commands ----------------------------------------------------------------------------------------------
+
+
+class ResumeOptions(Options):
+    """How a run goes on."""
+
+    steps: int | None = Field(None, ge=1, description="continue up to this many optimizer steps in all")
+    on_nan: Literal["stop", "skip"] | None = Field(
+        None, description="from here on, a step whose loss or gradient is NaN or infinite: stop or skip"
+    )
+
+
+class GenerateOptions(Options):
+    """What to draw, with what, and how."""
+
+    output: Path = Field(description="folder for the images")
+    run: Path | None = Field(None, description="run folder: its base and its adapter")
+    base: str | None = Field(None, description="without a run: sd15, sd21, tiny, hub id, folder or .safetensors")
+    adapter: tuple[Path, ...] = Field((), description="adapter folder for --base; repeat to add several")
+    prompt: tuple[str, ...] = Field((), description="what to draw; repeat for several")
+    prompts: Path | None = Field(None, description="text file with a prompt per line; # begins a comment")
+    num: int = Field(4, ge=1, description="images per prompt")
+    batch_size: int = Field(4, ge=1, description="images drawn at once")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the first image; each further image adds 1")
+    control: Path | None = Field(
+        None, description="control file of a controllable run (label map, edges, landmarks), or a folder of them"
+    )
+    control_scale: float = Field(1.0, description="multiplies the hint of the control; 0 is no control")
+    guide_control: bool = Field(False, description=GUIDE_CONTROL)
+    steps: int | None = Field(None, ge=1, description="denoising steps [default: 25 of DPM-Solver++; with control 50 of DDIM]")
+    guidance_scale: float | None = Field(None, description="strength of the prompt [default: 7.5; with control 9]")
+    negative_prompt: str = Field("", description="what the images should not show")
+    resolution: int | None = Field(None, ge=1, description="side of the images in pixels [default: the base's]")
+    scale: float = Field(1.0, description="multiplies the adapter's update; 0 is the base")
+    device: DeviceName = Field("auto", description="where to compute: auto, cpu, cuda or mps")
+    offload: bool = Field(False, description="move each model to the GPU only while it runs")
+
+
+class EvalOptions(Options):
+    """How to score a run of any task."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the first image of a prompt or set; each further image adds 1")
+    batch_size: int = Field(4, ge=1, description="images drawn at once")
+    device: DeviceName = Field("auto", description="where to compute: auto, cpu, cuda or mps")
+    metrics: Listed[tuple[str, ...] | None] = Field(
+        None, description="scores to compute, separated by commas [default: all for the task]"
+    )
+    preset: str | None = Field(None, description="networks to score with, paper or tiny [default: as the base]")
+    backbone: tuple[str, ...] = Field(
+        (),
+        description="ROLE=NAME: another network for dino, clip, lpips, fid or segmenter (hub id or folder), "
+        "or landmarks=FILE.task; repeat for several",
+    )
+    overwrite: bool = Field(False, description="replace images made with other settings")
+
+    @property
+    def named_backbones(self) -> dict[str, str]:
+        """Role -> another network than the preset's."""
+        return {role: name for role, _, name in (text.partition("=") for text in self.backbone)}
+
+
+class SubjectEvalOptions(EvalOptions):
+    """How to score a run by how it draws a subject."""
+
+    steps: int = Field(25, ge=1, description="denoising steps")
+    prompts: Path | None = Field(
+        None, description="text file with a prompt per line, identifier included [default: DreamBooth's 25]"
+    )
+    num: int = Field(4, ge=1, description="images per prompt")
+    plain_clip_t: bool = Field(False, description="compute CLIP-T with the prompts without the identifier")
+    checkpoint: str = Field("last", description="what to score: last (the result), best or step-N")
+    base: bool = Field(True, description="draw and score the base's own images as well")
+
+
+class ControlEvalOptions(EvalOptions):
+    """How to score a controllable run."""
+
+    steps: int = Field(50, ge=1, description="denoising steps")
+    num_maps: int | None = Field(
+        None, ge=1, description="maps to draw from [default: all of the evaluation split, at most 2000]"
+    )
+    guidance_scale: float = Field(9.0, description="strength of the prompt")
+    guide_control: bool = Field(False, description=GUIDE_CONTROL)
+    shuffle_maps: bool = Field(False, description="also draw each prompt with another map, scored against its own")
+    without_control: bool = Field(False, description="also draw without any map")
+    real: bool = Field(False, description="also score the real images")
+
+
+class CompareOptions(Options):
+    """Which scores may stand in one table."""
+
+    anyway: bool = Field(False, description="also show scores that were not computed the same way, marked")
+    markdown: bool = Field(False, description="print a Markdown table")
+
+
+class ResultOptions(Options):
+    """What tables and figures have in common."""
+
+    paper: bool = Field(True, description="show the paper's numbers next to ours")
+    anyway: bool = Field(False, description="also show scores that were not computed the same way, marked")
+
+
+class TableOptions(ResultOptions):
+    """What a table shows."""
+
+    rows: Listed[tuple[str, ...]] = Field(
+        ("method",), description="a row for each value of these: configuration keys, or subject; separated by commas"
+    )
+    columns: Listed[tuple[str, ...] | None] = Field(
+        None, description="scores, and facts such as step_flops, separated by commas [default: the paper's]"
+    )
+    best: str | None = Field(
+        None, description="a key: show for each row its best value by the first score, and the range of good values"
+    )
+    share: float | None = Field(
+        None, gt=0, le=1, description="share of a row's best score that counts as good with --best [default: 0.9]"
+    )
+    format: Literal["text", "markdown", "csv", "html"] | None = Field(
+        None, description="text, markdown, csv or html [default: from the ending of --output, else text]"
+    )
+    output: Path | None = Field(None, description="file to write instead of printing")
+
+
+class PlotOptions(ResultOptions):
+    """What a figure shows."""
+
+    x: str = Field(description="a configuration key with numbers, such as learning_rate; or step")
+    y: tuple[str, ...] = Field(min_length=1, description="a score or a fact; repeat for a panel each")
+    output: Path = Field(description="the picture: a .png or .svg file")
+    lines: Listed[tuple[str, ...]] = Field(("method",), description="a line for each value of these keys, separated by commas")
+    title: str | None = Field(None, description="title above the picture")
+
+
+class MergeOptions(Options):
+    """What to write of a run as a pipeline."""
+
+    output: Path = Field(description="folder for the pipeline; must be empty or not exist")
+    scale: float = Field(1.0, description="multiplies the adapter's update")
+    dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="precision of the UNet: fp32, fp16 or bf16")
+    single_file: Path | None = Field(None, description="also write one .safetensors checkpoint, for WebUI and ComfyUI")
+
+
+class ExportOptions(Options):
+    """What to write of a run's adapter for another tool."""
+
+    output: Path = Field(description="file (.safetensors) or folder to write")
+    format: Literal["lora", "kohya", "peft"] = Field(
+        "lora", description="lora (diffusers), kohya (WebUI, ComfyUI, sd-scripts) or peft"
+    )
+    scale: float = Field(1.0, description="multiplies the adapter's update")
+
+
+class InspectOptions(Options):
+    """Which methods to count, on which base, at which size."""
+
+    base: str = Field("sd15", description="sd15, sd21, tiny, hub id, folder or .safetensors; its weights are not read")
+    task: Literal["dreambooth", "s2i"] = Field("dreambooth", description="dreambooth or s2i: decides the default targets")
+    method: tuple[MethodName | Literal["magnitude"], ...] | None = Field(
+        None, description="only these methods; repeat for several [default: all]"
+    )
+    targets: TargetName | None = Field(None, description="layers to adapt instead of the task's default")
+    blocks: int | None = Field(None, ge=1, description="diagonal blocks, for the methods that have them")
+    rank: int | None = Field(None, ge=1, description="rank, for the methods that have one")
+    resolution: int | None = Field(
+        None, ge=1, description="side in pixels at which FLOPs and memory are counted [default: the base's]"
+    )
+    batch_size: int = Field(1, ge=1, description="images for which FLOPs and memory are counted")
+
+
+class CheckOptions(Options):
+    """How to read a dataset."""
+
+    data_root: Path | None = Field(None, description="folder that holds the datasets by name [default: $ETHERDIFF_DATA]")
+    signal: Literal["segmentation", "canny", "landmarks"] | None = Field(
+        None, description="segmentation, canny or landmarks [default: the dataset's; of a folder segmentation]"
+    )
+    palette: str | None = Field(None, description="colours of label maps: ade20k, tiny or a JSON file [default: the dataset's]")
+    captions: Path | None = Field(None, description="caption file, instead of the dataset's captions")
+
+
+class DemoOptions(Options):
+    """Where the demo works."""
+
+    output: Path = Field(Path("demo"), description="folder for everything the demo makes")
+
+
+# --- Sweeps ----------------------------------------------------------------------------------------------------------
+
+
+class SweepOptions(Options):
+    """How to run a sweep."""
+
+    output: Path | None = Field(None, description="folder of the whole sweep [default: sweeps/NAME of the file]")
+    address: str | None = Field(None, description="Ray cluster, HOST:PORT or auto, to use instead of this machine")
+    jobs: int | None = Field(None, ge=1, description="runs at a time, at most [default: as many as fit; 1 without Ray]")
+    retries: int = Field(1, ge=0, description="further attempts for a run that failed")
+    print_commands: bool = Field(False, description="run nothing: print a shell command per line, for SLURM arrays")
+    dry_run: bool = Field(False, description="run nothing: check everything and print the state of each run")
+
+    @field_validator("dry_run")
+    @classmethod
+    def _is_one_of_them(cls, wanted: bool, others: ValidationInfo) -> bool:
+        if wanted and others.data.get("print_commands"):
+            raise ValueError("give either --print-commands or --dry-run")
+        return wanted
+
+
+class Resources(Options):
+    """What each run of a sweep gets."""
+
+    cpus: int = Field(1, ge=1, description="processor cores, and threads")
+    gpus: float = Field(0, ge=0, description="GPUs, or a fraction of one")
+
+    @field_validator("gpus")
+    @classmethod
+    def _shared_or_whole(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError("must be a fraction of one, or a whole number")
+        return gpus
+
+
+class SweepFile(Options):
+    """A sweep file as it is written."""
+
+    task: Literal["dreambooth", "s2i", "perturb"] = Field(description="what is run: dreambooth, s2i or perturb")
+    recipe: str | None = Field(None, description="YAML file of options, relative to the sweep file")
+    settings: dict[str, Any] = Field({}, description="options of all runs, over the recipe")
+    grid: dict[str, list[Any]] = Field({}, description="option: list of values; every combination is run")
+    runs: list[dict[str, Any]] = Field([{}], min_length=1, description="alternatives, each run with every combination")
+    eval: dict[str, Any] | bool = Field({}, description="options of etherdiff eval; false: runs are not scored")
+    resources: dict[str, Any] = Field({}, description="cpus and gpus of each run")
+
+
+class SchemaOptions(Options):
+    """Of which file a schema is wanted."""
+
+    task: Literal["dreambooth", "s2i", "perturb", "sweep"] = Field(
+        "dreambooth", description="recipes of dreambooth, s2i or perturb, or sweep files"
+    )
+    output: Path | None = Field(None, description="file to write instead of printing")
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_config(cls: type[C], recipe: Path | None, settings: list[str], flags: dict[str, Any]) -> C:
