@@ -1,17 +1,27 @@
-# The virtual environment is made on first use, and again when pyproject.toml changes.
+# The virtual environment is made on first use, and again when pyproject.toml or its pinned versions change.
 PYTHON ?= python3
 VENV := .venv
+PINS := requirements.lock
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint bench soak clean
+.PHONY: demo test test-quick test-all test-oldest test-newest lint bench soak lock clean
 
 demo: $(READY)            ## the whole job on a subject of the tiny world, into demo/
 	rm -rf demo
 	$(BIN)/etherdiff demo --output demo
 
-test: $(READY) lint       ## style, types and the quick tests
+test: lint test-quick     ## style, types and the quick tests
+
+test-quick: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-oldest:              ## the quick tests with the lowest versions that pyproject.toml allows, in .venv-oldest
+	$(MAKE) test-quick VENV=.venv-oldest PINS="requirements-oldest.txt --exactly"
+
+test-newest:              ## the quick tests with the newest versions that pyproject.toml allows, in .venv-newest
+	rm -f .venv-newest/.ready
+	$(MAKE) test-quick VENV=.venv-newest PINS=
 
 test-all: $(READY) lint   ## the slow proofs as well
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -27,11 +37,14 @@ bench: $(READY)           ## what an adapter costs, beside its peers (about 15 m
 soak: $(READY)            ## kill, corrupt and resume a tiny run 50 times (about 20 minutes); KILLS=5 for a short one
 	$(BIN)/python benchmarks/soak.py --kills $(or $(KILLS),50)
 
-$(READY): pyproject.toml
+lock:                     ## what pip would install now, and the lowest bounds: requirements.lock, requirements-oldest.txt
+	$(PYTHON) scripts/environment.py lock
+
+$(READY): pyproject.toml $(firstword $(PINS))
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python scripts/environment.py install $(PINS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest demo build *.egg-info
