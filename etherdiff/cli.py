@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -622,7 +623,10 @@ def _relaunch_as_begun(run: Path) -> None:
     if processes < 2 or "WORLD_SIZE" in os.environ:
         return
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "etherdiff"]
-    os.execv(sys.executable, [sys.executable, *launch, *sys.argv[1:]])
+    command = [sys.executable, *launch, *sys.argv[1:]]
+    if os.name == "nt":  # has no exec: the new process would outlive this one, and its status would be lost
+        sys.exit(subprocess.call(command))
+    os.execv(sys.executable, command)
 
 
 def _say_next(run: Path) -> None:

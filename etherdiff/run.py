@@ -1,10 +1,8 @@
 """The main path: from a configuration to a saved adapter."""
 
 import json
-import resource
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +18,9 @@ from etherdiff.report.reporting import show_report
 from etherdiff.runs.faults import explained
 from etherdiff.runs.folder import RunFolder, write_settings
 from etherdiff.system import signals
-from etherdiff.system.devices import DTYPES
+from etherdiff.system.devices import DTYPES, peak_memory
 from etherdiff.system.errors import NotFiniteError, Stopped, UserError
-from etherdiff.system.files import write_text
+from etherdiff.system.files import write_json
 from etherdiff.system.locks import LOCK, run_lock
 from etherdiff.system.terminal import say, warn
 from etherdiff.tasks import plan_job
@@ -209,17 +207,16 @@ def write_cost(run: RunFolder, clock: Clock, config: TrainConfig, step: int, ste
     """cost.json: seconds of all sessions that ended by themselves or by a signal, and the speed of this one."""
     images = steps_done * config.batch_size * config.gradient_accumulation * accelerator.num_processes
     on_gpu = accelerator.device.type == "cuda"
-    in_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     earlier = read_seconds(run)
     cost = {
         "seconds": {stage: round(value + earlier.get(stage, 0.0), 3) for stage, value in clock.seconds.items()},
         "steps": step,
         "images_per_second": round(images / clock.seconds["train"], 4),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else in_memory,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_memory(),
         "processes": accelerator.num_processes,
         "device": torch.cuda.get_device_name() if on_gpu else accelerator.device.type,
     }
-    write_text(run.cost, json.dumps(cost, indent=2) + "\n")
+    write_json(run.cost, cost)
 
 
 def read_seconds(run: RunFolder) -> dict[str, float]:

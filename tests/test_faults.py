@@ -38,8 +38,7 @@ from etherdiff import run as run_module
 from etherdiff.results.runs import LeftOut, read_run
 from etherdiff.run import resume, train_dreambooth
 from etherdiff.system.errors import NotFiniteError, RunError, UserError
-from etherdiff.system.files import staged_folder
-from etherdiff.system.leftovers import aside, clear_leftovers
+from etherdiff.system.files import remove_temporary, staged_folder, temporary_path
 from etherdiff.system.locks import LOCK, run_lock
 from etherdiff.system.terminal import console
 from etherdiff.tasks import samples as samples_module
@@ -251,12 +250,12 @@ def test_settings_that_are_damaged_before_the_first_checkpoint_are_not_believed(
 
 def test_what_killed_processes_left_aside_is_cleared(whole, stopped):
     folder = stopped / "checkpoints"
-    unfinished = aside(folder / "step-000006")
+    unfinished = temporary_path(folder / "step-000006")
     unfinished.mkdir()
     (unfinished / "state.json").write_text("{")
-    aside(stopped / "run.yaml").write_text("steps:")
-    shutil.copytree(folder / "step-000002", aside(folder / "step-000002", "old"))
-    (folder / "step-000004").rename(aside(folder / "step-000004", "old"))  # killed between the two renames
+    temporary_path(stopped / "run.yaml").write_text("steps:")
+    shutil.copytree(folder / "step-000002", temporary_path(folder / "step-000002", "old"))
+    (folder / "step-000004").rename(temporary_path(folder / "step-000004", "old"))  # killed between the two renames
     (stopped / ".mine").write_text("a file that we did not make")
     with Told() as told:
         resume(stopped)
@@ -285,21 +284,22 @@ def test_a_folder_that_is_exchanged_comes_back(tmp_path):
         with pytest.raises(Killed), staged_folder(tmp_path / "a") as staged:
             (staged / "new").write_text("")
     assert not (tmp_path / "a").exists()
-    clear_leftovers(tmp_path)
+    remove_temporary(tmp_path)
     assert not (tmp_path / "a").exists()  # this process lives, so the exchange may be under way
-    clear_leftovers(tmp_path, whoever=True)
+    remove_temporary(tmp_path, also_of_live_processes=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "old"]
 
 
 def test_only_what_dead_processes_of_this_machine_left_is_cleared_from_a_cache(tmp_path):
-    code = "import sys; from pathlib import Path; from etherdiff.leftovers import aside; aside(Path(sys.argv[1]) / 'x').touch()"
+    code = "import sys; from pathlib import Path; from etherdiff.system.files import temporary_path\n"
+    code += "temporary_path(Path(sys.argv[1]) / 'x').touch()"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    mine = aside(tmp_path / "y")
+    mine = temporary_path(tmp_path / "y")
     mine.touch()
     (left,) = set(leftovers(tmp_path)) - {mine}
     elsewhere = left.with_name(re.sub(r"\.[0-9a-f]{8}-", ".00000000-", left.name))
     shutil.copy(left, elsewhere)
-    clear_leftovers(tmp_path)
+    remove_temporary(tmp_path)
     assert set(leftovers(tmp_path)) == {mine, elsewhere}
 
 
@@ -551,7 +551,7 @@ def test_sample_images_that_fail_do_not_stop_the_run(fault, whole, tmp_path, mon
 
 # --- Other processes ---------------------------------------------------------------------------------------------------
 
-HOLD = "import sys, time; from pathlib import Path; from etherdiff.locks import run_lock\n" + (
+HOLD = "import sys, time; from pathlib import Path; from etherdiff.system.locks import run_lock\n" + (
     "with run_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(600)\n"
 )
 

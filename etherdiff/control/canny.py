@@ -12,7 +12,7 @@ from etherdiff.control.geometry import crop_box
 from etherdiff.control.signal import Signal
 from etherdiff.images.reading import UnreadableImage, read_image, resize_and_crop
 from etherdiff.system.errors import UserError
-from etherdiff.system.leftovers import aside
+from etherdiff.system.files import staged_file
 
 LOW, HIGH = 100.0, 200.0
 """Hysteresis thresholds on the gradient's magnitude: an edge starts above the higher and goes on above the lower."""
@@ -75,12 +75,8 @@ class Canny(Signal):
         except UnreadableImage as error:
             raise UserError(str(error)) from error
         found = edges(np.asarray(square), self.low, self.high)
-        unfinished = aside(control)
-        try:
-            Image.fromarray(found.astype(np.uint8) * np.uint8(255)).save(unfinished, format="PNG")
-            unfinished.replace(control)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with staged_file(control) as staged:
+            Image.fromarray(found.astype(np.uint8) * np.uint8(255)).save(staged, format="PNG")
 
 
 def _grey(control: Path) -> NDArray[np.uint8]:

@@ -29,7 +29,7 @@ from etherdiff.families.sampling import PAPER_SAMPLING, sample, slug
 from etherdiff.images.reading import save_png
 from etherdiff.runs.folder import RunFolder, read_metrics
 from etherdiff.system.errors import UserError
-from etherdiff.system.files import staged_folder, write_text
+from etherdiff.system.files import staged_folder, write_json
 from etherdiff.system.terminal import say
 from etherdiff.tasks.planning import DreamBoothPlan
 from etherdiff.tasks.subjects import find_subject, prompts_for
@@ -141,7 +141,7 @@ class StepScorer:
         best = {"step": step, "score": score, **scores, "reference": reference, "why": "the highest so far"}
         with staged_folder(self.run.best) as staged:
             save_adapter(self.adapted, staged, self.base)
-            (staged / "best.json").write_text(json.dumps(best, indent=2) + "\n", encoding="utf-8")
+            write_json(staged / "best.json", best)
 
 
 def curve_prompts(config: DreamBoothConfig) -> tuple[EvalPrompt, ...]:
@@ -176,7 +176,7 @@ def say_best(run: RunFolder) -> None:
     )
     if last["step"] != best["step"]:
         why += f"; the last, step {last['step']}, has {combined(last):.4f}"
-    write_text(run.best / "best.json", json.dumps(best | {"why": why}, indent=2) + "\n")
+    write_json(run.best / "best.json", best | {"why": why})
     say(f"{run.best}: {why}")
 
 

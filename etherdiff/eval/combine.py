@@ -5,9 +5,9 @@ from typing import Any
 
 from etherdiff.eval.intervals import DRAWS, FEWEST_PROMPTS, bootstrap_mean
 from etherdiff.eval.metrics import HELD_OUT, METRICS
-from etherdiff.eval.network import digest_of
 from etherdiff.eval.scorer import interval_fields
 from etherdiff.system.errors import UserError
+from etherdiff.system.files import digest
 
 VERSIONS = "versions"
 """Of an identity: the libraries', which only move the last digits."""
@@ -95,6 +95,6 @@ def _digests(name: str, scored: Sequence[dict[str, Any]]) -> dict[str, Any]:
     merged = {}
     for part in ("reference", "prompts"):
         if identities[0].get(part):
-            sha256 = digest_of([identity[part]["sha256"] for identity in identities])
+            sha256 = digest([identity[part]["sha256"] for identity in identities])
             merged[part] = identities[0][part] | {"n": sum(one[part]["n"] for one in identities), "sha256": sha256}
     return merged

@@ -20,12 +20,12 @@ from etherdiff.eval.image_set import GENERATED, PromptImages, Scoring, read_imag
 from etherdiff.eval.image_sums import ImageSums
 from etherdiff.eval.intervals import DRAWS, bootstrap_sums
 from etherdiff.eval.metrics import METRICS
-from etherdiff.eval.network import Backbone, digest_of, versions_of
+from etherdiff.eval.network import Backbone, versions_of
 from etherdiff.eval.readers import Reader, wanted_by
 from etherdiff.eval.scorer import Scorer, interval_fields
 from etherdiff.eval.segmentation_scores import AGREED, PREDICTED, WANTED, class_accuracies, class_ious
 from etherdiff.images.reading import UnreadableImage, read_image
-from etherdiff.system.files import file_hash
+from etherdiff.system.files import digest, file_hash
 from etherdiff.system.terminal import track
 
 LEFT_OUT = (BLACK, "unreadable", "bad_features", "no_face", "missing")
@@ -223,13 +223,13 @@ def _identity(
     return {
         "controls": {
             "n": len(pairs),
-            "sha256": digest_of([file_hash(pair.control) for pair in pairs]),
+            "sha256": digest([file_hash(pair.control) for pair in pairs]),
             "signal": scoring.signal.name,
-            "settings_sha256": digest_of(scoring.signal.settings()),
+            "settings_sha256": digest(scoring.signal.settings()),
             "resolution": scoring.resolution,
         },
-        "prompts": {"n": len(pairs), "sha256": digest_of([pair.text for pair in pairs])},
-        "seeds": {"first": min((image.seed for image in images), default=None), "sha256": digest_of([i.seed for i in images])},
+        "prompts": {"n": len(pairs), "sha256": digest([pair.text for pair in pairs])},
+        "seeds": {"first": min((image.seed for image in images), default=None), "sha256": digest([i.seed for i in images])},
         "generation": dict(generation) if generation is not None else None,
         "versions": {"etherdiff": __version__, **versions_of("torchmetrics", "numpy")},
     }

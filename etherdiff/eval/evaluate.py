@@ -24,7 +24,7 @@ from etherdiff.eval.backbones import PRESETS, ROLES, find_backbones
 from etherdiff.eval.fid import fid_problem
 from etherdiff.eval.image_set import PromptForm, Scoring
 from etherdiff.eval.metrics import HELD_OUT, METRICS, PROMPT_METRICS, SUBJECT_METRICS
-from etherdiff.eval.network import Backbone, digest_of, versions_of
+from etherdiff.eval.network import Backbone, versions_of
 from etherdiff.eval.paper import PAPER_SCOPE, differs_from_paper, paper_value
 from etherdiff.eval.protocol import (
     BASE_IMAGES,
@@ -48,8 +48,7 @@ from etherdiff.report.reporting import show_report
 from etherdiff.runs.folder import RunFolder, check_result, read_settings
 from etherdiff.system.devices import device_problem, resolve_device
 from etherdiff.system.errors import RunError, UserError
-from etherdiff.system.files import file_hash, write_text
-from etherdiff.system.leftovers import clear_leftovers
+from etherdiff.system.files import digest, file_hash, remove_temporary, write_json
 from etherdiff.system.locks import run_lock
 from etherdiff.system.terminal import warn
 from etherdiff.tasks.planning import Problems, method_options
@@ -184,13 +183,13 @@ def evaluate(path: Path, options: EvalOptions) -> dict[str, Any]:
     plan = plan_evaluation(path, options)
     seconds: dict[str, float] = {}
     with run_lock(plan.folder), enough_memory():
-        clear_leftovers(plan.folder, whoever=True)
+        remove_temporary(plan.folder, also_of_live_processes=True)
         claim_sets(plan)
         draw_missing(plan, seconds)
         with timed(seconds, "score"):
             result = score(plan)
-        write_text(plan.folder / "metrics.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
-        write_text(plan.folder / "cost.json", json.dumps({"seconds": seconds}, indent=2) + "\n")
+        write_json(plan.folder / "metrics.json", result, allow_nan=False)
+        write_json(plan.folder / "cost.json", {"seconds": seconds})
     show_report(path)
     return result
 
@@ -306,7 +305,7 @@ def read_best_step(run: RunFolder) -> int:
 def _from_folder(folder: Path, name: str, step: int) -> Trained:
     saved = read_adapter(folder)
     hashes = {path.name: file_hash(path) for path in sorted(saved.folder.glob("adapter_*"))}
-    return Trained(name, step, digest_of(hashes), lambda unet: load_adapter(unet, saved.folder))
+    return Trained(name, step, digest(hashes), lambda unet: load_adapter(unet, saved.folder))
 
 
 def _from_checkpoint(run: RunFolder, config: TrainConfig, step: int) -> Trained:

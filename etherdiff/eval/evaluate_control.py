@@ -8,7 +8,6 @@
 As in `eval.protocol`, an image is a function of its seed, and batches are fixed.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from etherdiff.eval.backbones import find_backbones
 from etherdiff.eval.control_scores import ControlledImage, ControlScoring, score_controlled
 from etherdiff.eval.evaluate import by_role, drawing_problems, drawing_versions, enough_memory, network_problems, notes, timed
 from etherdiff.eval.metrics import CONTROL_METRICS, CONTROL_ROLES
-from etherdiff.eval.network import Backbone, digest_of
+from etherdiff.eval.network import Backbone
 from etherdiff.eval.paper import PAPER_S2I
 from etherdiff.eval.protocol import ROUNDING, is_whole, read_sets, why_not_these, write_set
 from etherdiff.eval.readers import NotReadable, Reader, find_reader
@@ -40,8 +39,7 @@ from etherdiff.runs.control import load_control_run
 from etherdiff.runs.folder import RunFolder
 from etherdiff.system.devices import resolve_device
 from etherdiff.system.errors import UserError
-from etherdiff.system.files import file_hash, write_text
-from etherdiff.system.leftovers import aside, clear_leftovers
+from etherdiff.system.files import digest, file_hash, remove_temporary, staged_file, write_json
 from etherdiff.system.locks import run_lock
 from etherdiff.system.terminal import track
 from etherdiff.tasks.planning import Problems
@@ -123,7 +121,7 @@ class Judged:
         """Of the adapters, where there are any, and of the control encoder."""
         folders = [*self.run.adapters, self.run.control_encoder]
         files = [path for folder in folders for path in sorted(folder.glob("*")) if path.suffix in (".json", ".safetensors")]
-        return digest_of({f"{path.parent.name}/{path.name}": file_hash(path) for path in files})
+        return digest({f"{path.parent.name}/{path.name}": file_hash(path) for path in files})
 
 
 @dataclass(frozen=True)
@@ -172,15 +170,15 @@ class Plan:
         """What decides the images of a set, and how they are computed."""
         seeds = {"first": self.options.seed, "n": len(self.pairs)}
         if name == REAL:
-            images = digest_of(_hashes(pair.image for pair in self.pairs))
+            images = digest(_hashes(pair.image for pair in self.pairs))
             return {"images": images, "seeds": seeds, "resolution": self.judged.resolution, ROUNDING: {}}
         facts = {"device": resolve_device(self.options.device), "batch_size": self.options.batch_size}
         return {
             "run": self.judged.weights_sha256,
             "base": dict(self.judged.provenance.get("base", {}).get("fingerprint", {})),
-            "prompts": digest_of([pair.text for pair in self.pairs]),
-            "controls": digest_of(_hashes(self.controls(name).values())),
-            "signal": digest_of(self.judged.dataset.signal.settings()),
+            "prompts": digest([pair.text for pair in self.pairs]),
+            "controls": digest(_hashes(self.controls(name).values())),
+            "signal": digest(self.judged.dataset.signal.settings()),
             "control": CONTROLS[name],
             "seeds": seeds,
             **self.generation(),
@@ -208,14 +206,14 @@ def evaluate_control(path: Path, options: ControlOptions) -> dict[str, Any]:
         with timed(seconds, "load"):
             plan = plan_evaluation(path, options)
         with run_lock(plan.folder):
-            clear_leftovers(plan.folder, whoever=True)
+            remove_temporary(plan.folder, also_of_live_processes=True)
             claim_sets(plan)
             draw_missing(plan, seconds)
             with timed(seconds, "score"):
                 result = score(plan)
             write_sheet(plan)
-            write_text(plan.folder / "metrics.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
-            write_text(plan.folder / "cost.json", json.dumps({"seconds": seconds}, indent=2) + "\n")
+            write_json(plan.folder / "metrics.json", result, allow_nan=False)
+            write_json(plan.folder / "cost.json", {"seconds": seconds})
     show_report(path)
     return result
 
@@ -370,9 +368,8 @@ def write_sheet(plan: Plan) -> None:
         control = Image.fromarray(signal.picture(image.pair.control, resolution))
         rows.append([control, read_image(image.path), read_image(other.path)])
     drawn = sheet(rows, [image.pair.text for image in images], ["control", "generated", "real"])
-    unfinished = aside(plan.folder / "sheet.png")
-    drawn.save(unfinished, format="PNG")
-    unfinished.replace(plan.folder / "sheet.png")
+    with staged_file(plan.folder / "sheet.png") as staged:
+        drawn.save(staged, format="PNG")
 
 
 def _are_whole(batch: Sequence[ControlledImage]) -> bool:

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from etherdiff.eval.lpips_distance import lpips_distances
-from etherdiff.eval.network import Backbone, Pixels, digest_of
+from etherdiff.eval.network import Backbone, Pixels
 from etherdiff.eval.preprocessing import Preprocessing
 from etherdiff.images.reading import UnreadableImage, read_image
 from etherdiff.system.errors import UserError
-from etherdiff.system.files import file_hash, save_tensors
+from etherdiff.system.files import digest, file_hash, save_tensors
 from etherdiff.system.paths import cache_dir
 
 FEWEST_FOR_WORKERS = 48
@@ -113,7 +113,7 @@ class Distances:
 
     def _path(self, number: int) -> Path:
         content = [[self.shas[index] for index in indices] for indices in (self.groups[number], self.reference)]
-        return _folder(self.backbone) / "distances" / f"{digest_of(content)}.safetensors"
+        return _folder(self.backbone) / "distances" / f"{digest(content)}.safetensors"
 
 
 def compute_features(

@@ -1,7 +1,6 @@
 """A network that turns images into features, and the identity that says which one it was."""
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from etherdiff.eval.preprocessing import Preprocessing
-from etherdiff.system.files import file_hash
+from etherdiff.system.files import digest, file_hash
 
 Pixels = Tensor | Sequence[Tensor]
 """uint8 images (B, 3, H, W), or (3, H, W) each where their sizes may differ."""
@@ -41,7 +40,7 @@ class Identity:
     @cached_property
     def digest(self) -> str:
         """A name for the identity, of 32 hexadecimal digits."""
-        return digest_of(self.as_dict())
+        return digest(self.as_dict())
 
 
 class Backbone(ABC):
@@ -90,11 +89,6 @@ def hash_tensors(module: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def digest_of(content: Any) -> str:
-    """32 hexadecimal digits for JSON-able content; equal contents get equal digests."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def versions_of(*packages: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ from etherdiff.eval.image_set import PromptImages
 from etherdiff.eval.results import named_differences
 from etherdiff.families.sampling import PAPER_SAMPLING, chunks, sample, slug
 from etherdiff.images.reading import save_png
-from etherdiff.system.files import write_text
+from etherdiff.system.files import write_json
 from etherdiff.system.terminal import track
 
 IMAGES, BASE_IMAGES = "images", "base_images"
@@ -139,7 +139,7 @@ def read_sets(folder: Path) -> dict[str, Any]:
 def write_set(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
     """Record what a set of images is made with, before its first image."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "settings.json", json.dumps(read_sets(folder) | {name: settings}, indent=2) + "\n")
+    write_json(folder / "settings.json", read_sets(folder) | {name: settings})
 
 
 def why_not_these(folder: Path, name: str, wanted: Mapping[str, Any], complete: bool) -> list[str]:

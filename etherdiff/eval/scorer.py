@@ -12,9 +12,10 @@ from etherdiff.eval.fid import Fid, fid_problem, frechet_distance, moments
 from etherdiff.eval.image_set import ImageSet, PromptForm, Scoring
 from etherdiff.eval.intervals import FEWEST_PROMPTS, LEVEL, Interval, bootstrap_mean, bootstrap_pairs, jackknife
 from etherdiff.eval.metrics import HELD_OUT, METRICS, MetricEntry
-from etherdiff.eval.network import ImageTextBackbone, digest_of, versions_of
+from etherdiff.eval.network import ImageTextBackbone, versions_of
 from etherdiff.eval.pairs import cosine_pairs, cosine_rows, upper_pairs
 from etherdiff.system.errors import UserError
+from etherdiff.system.files import digest
 
 FID_BLOCKS = 20
 
@@ -191,7 +192,7 @@ class Scorer:
             "definition": entry.definition,
             "backbone": self.images.backbones[entry.role].identity.as_dict(),
             "reference": self._reference(reference, kind) if reference is not None else None,
-            "prompts": {"n": len(prompts), "form": form, "sha256": digest_of([prompt.text(form) for prompt in prompts])},
+            "prompts": {"n": len(prompts), "form": form, "sha256": digest([prompt.text(form) for prompt in prompts])},
             "seeds": seeds[0] if all(one == seeds[0] for one in seeds) else seeds,
             "generation": self.generation,
             "versions": _versions(),
@@ -199,7 +200,7 @@ class Scorer:
 
     def _reference(self, indices: range, kind: str) -> dict[str, Any]:
         hashes = sorted(self.images.features.shas[index] or "" for index in indices)
-        return {"images": kind, "n": len(indices), "sha256": digest_of(hashes)}
+        return {"images": kind, "n": len(indices), "sha256": digest(hashes)}
 
     def _why_not(self, entry: MetricEntry, columns: Sequence[int]) -> str:
         if entry.compares == "real x generated" and not columns:

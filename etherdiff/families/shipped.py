@@ -1,10 +1,10 @@
 """The configurations, without weights, that come with the package: Stable Diffusion 1.5 and 2.1."""
 
-import os
 from pathlib import Path
 from typing import Literal
 
 from etherdiff.system.errors import UserError
+from etherdiff.system.files import staged_file
 from etherdiff.system.paths import ASSETS, cache_dir
 
 ShippedName = Literal["sd15", "sd21"]
@@ -41,7 +41,5 @@ def _copy_if_different(source: Path, target: Path) -> None:
     if target.is_file() and target.read_bytes() == content:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed into place, so that a process that reads the cache meanwhile never sees half a file.
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(target)
+    with staged_file(target) as staged:
+        staged.write_bytes(content)

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFile, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from etherdiff.system.errors import UserError
-from etherdiff.system.leftovers import aside
+from etherdiff.system.files import staged_file
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif",
@@ -237,12 +237,8 @@ def save_png(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text(_SETTINGS_CHUNK, json.dumps(settings, allow_nan=False))
     _add_unicode(chunks, "parameters", _webui_parameters(settings, image.size))
-    unfinished = aside(path)
-    try:
-        image.save(unfinished, format="PNG", pnginfo=chunks)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with staged_file(path) as staged:
+        image.save(staged, format="PNG", pnginfo=chunks)
 
 
 def read_png_settings(path: Path) -> dict[str, Any]:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from etherdiff.results.curves import STEP, Figure, Line, Panel
 from etherdiff.results.keys import METHOD_ORDER
 from etherdiff.system.errors import UserError
-from etherdiff.system.files import flush
-from etherdiff.system.leftovers import aside
+from etherdiff.system.files import staged_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,14 +112,9 @@ def draw_figure(figure: Figure, output: Path, title: str | None = None) -> None:
 
 def _write(canvas: Any, output: Path) -> None:
     is_svg = output.suffix.lower() == ".svg"
-    unfinished = aside(output)
-    try:
-        facts = {"Date": None} if is_svg else {"Software": None}
-        canvas.savefig(unfinished, format="svg" if is_svg else "png", dpi=150, metadata=facts, facecolor="white")
-        flush(unfinished)
-        unfinished.replace(output)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    facts = {"Date": None} if is_svg else {"Software": None}
+    with staged_file(output, durable=True) as staged:
+        canvas.savefig(staged, format="svg" if is_svg else "png", dpi=150, metadata=facts, facecolor="white")
 
 
 def _styles(lines: Sequence[Values]) -> dict[Values, Style]:

@@ -30,7 +30,7 @@ from etherdiff.report.curves import points
 from etherdiff.results.runs import Run
 from etherdiff.runs.folder import manifest_of
 from etherdiff.system.errors import UserError
-from etherdiff.system.files import file_hash, write_text
+from etherdiff.system.files import file_hash, write_json
 from etherdiff.tasks.planning import method_options
 from etherdiff.use.inspection import training_estimate
 
@@ -68,7 +68,7 @@ def fact(run: Run, name: str) -> float | None:
     if name not in kept:
         kept[name] = entry.of(run)
         with suppress(OSError):  # a run folder that is only to be read: the next table computes it again
-            write_text(path, json.dumps({"of": of, "values": kept}, indent=2) + "\n")
+            write_json(path, {"of": of, "values": kept})
     return kept[name]
 
 

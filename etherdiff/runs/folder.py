@@ -14,7 +14,7 @@ import yaml
 from etherdiff import __version__
 from etherdiff.config import DreamBoothConfig, PerturbConfig, RunConfig, S2IConfig, load_run_config, load_yaml
 from etherdiff.system.errors import UserError
-from etherdiff.system.files import file_hash, write_text
+from etherdiff.system.files import file_hash, write_json, write_text
 
 TASKS: dict[str, type[RunConfig]] = {"dreambooth": DreamBoothConfig, "s2i": S2IConfig, "perturb": PerturbConfig}
 SEAL = "# sha256 of what follows: "
@@ -142,7 +142,7 @@ def manifest_of(folder: Path) -> Path:
 def write_manifest(folder: Path) -> None:
     """Record what a result's files are, for `check_result`."""
     hashes = {path.name: file_hash(path) for path in sorted(folder.iterdir())}
-    write_text(manifest_of(folder), json.dumps(hashes, indent=2) + "\n")
+    write_json(manifest_of(folder), hashes)
 
 
 def check_result(run: RunFolder, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Doing a unit: its commands in processes of their own, each tried again where it failed by bad luck."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from etherdiff.sweeps.finished import Stage, stage_of
 from etherdiff.sweeps.states import confirm_scores, expect_scores, write_state
 from etherdiff.sweeps.units import Run, Unit
 from etherdiff.system.errors import UserError
-from etherdiff.system.leftovers import clear_leftovers
+from etherdiff.system.files import remove_temporary
 from etherdiff.system.locks import run_lock
 
 WRONG_INPUT = 2
@@ -108,7 +109,8 @@ class _Doing:
         if stage < Stage.MADE:
             write_state(self.run, self._state("training"))
             if stage is Stage.ABSENT and self.run.folder.is_dir():
-                clear_leftovers(self.run.folder, whoever=True)  # of one that was killed before it wrote its first file
+                # left by a process that was killed before it wrote its first file
+                remove_temporary(self.run.folder, also_of_live_processes=True)
             self._command(self.run.resume_command() if stage is Stage.BEGUN else self.run.make_command())
             stage = stage_of(self.run)
             if stage < Stage.MADE:
@@ -142,7 +144,8 @@ class _Doing:
     def _command(self, arguments: list[str]) -> None:
         """Run etherdiff to its end. CommandError where that is not status 0."""
         program = self.orders.program or (sys.executable, "-m", "etherdiff")
-        command = [sys.executable, "-m", "etherdiff.sweeps.tied", str(os.getpid()), *program, *arguments]
+        tie = [sys.executable, "-m", "etherdiff.sweeps.tied", str(os.getpid())] if sys.platform == "linux" else []
+        command = [*tie, *program, *arguments]
         environment = {**os.environ, **self.orders.environment, **self.unit.environment()}
         self.run.log.parent.mkdir(parents=True, exist_ok=True)
         with self.run.log.open("ab") as log:
@@ -151,7 +154,13 @@ class _Doing:
             beginning = log.tell()
             # a session of its own: Ctrl-C is for the sweep, which passes it on once
             process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same, on Windows
             )
             try:
                 while process.poll() is None:
@@ -173,7 +182,10 @@ def end_process(process: subprocess.Popen[bytes]) -> None:
     """Have a process save and end; nothing where it has ended."""
     if process.poll() is not None:
         return
-    process.terminate()
+    if os.name == "nt":  # whose terminate() gives no time to save
+        process.send_signal(signal.CTRL_BREAK_EVENT)  # type: ignore[attr-defined]
+    else:
+        process.terminate()
     try:
         process.wait(PATIENCE)
     except subprocess.TimeoutExpired:

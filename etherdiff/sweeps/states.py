@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from etherdiff.sweeps.units import Run
-from etherdiff.system.files import write_text
+from etherdiff.system.files import write_json
 
 
 def read_state(run: Run) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def read_state(run: Run) -> dict[str, Any]:
 def write_state(run: Run, content: dict[str, Any]) -> None:
     """Replace it whole."""
     run.state.parent.mkdir(parents=True, exist_ok=True)
-    write_text(run.state, json.dumps({"run": run.name, **content}, indent=2) + "\n")
+    write_json(run.state, {"run": run.name, **content})
 
 
 def expect_scores(run: Run, content: dict[str, Any]) -> None:

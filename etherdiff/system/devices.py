@@ -1,5 +1,8 @@
-"""Where to compute, and in which precision."""
+"""Where to compute, in which precision, and how much memory it took."""
 
+import sys
+
+import psutil
 import torch
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -24,3 +27,13 @@ def device_problem(name: str) -> str | None:
     if name not in ("auto", "cpu", "cuda", "mps"):
         return f"device: must be auto, cpu, cuda or mps, not {name!r}"
     return None
+
+
+def peak_memory() -> int:
+    """Return the most bytes of main memory that this process has occupied; those it occupies now if the system does not say."""
+    try:
+        import resource  # Unix only
+    except ImportError:
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))  # peak_wset: Windows only
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

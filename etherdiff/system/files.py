@@ -1,79 +1,68 @@
-"""Files and folders that appear whole or not at all."""
+"""Write files and folders that appear whole or not at all; hash them; remove what killed processes left."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import socket
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from etherdiff.system.leftovers import aside
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{12}\.(?P<what>partial|old)")
+
+# --- Atomic writes ----------------------------------------------------------------------------------------------------
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file aside and rename it into place. OSError where the disk does not take it.
+def temporary_path(path: Path, what: str = "partial") -> Path:
+    """Return a name next to `path` (a rename must not cross file systems) that no other process, thread or container uses.
 
-    It gets the permissions that any new file gets: safetensors' own are the owner's alone.
+    what: "partial", or "old" for content that is put back if `path` is missing.
     """
-    unfinished = aside(path)
+    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:12]}.{what}")
+
+
+@contextmanager
+def staged_file(path: Path, durable: bool = False, own_name: bool = False) -> Iterator[Path]:
+    """Yield a temporary path whose file takes the place of `path` when the block ends. If the block raises, nothing changes.
+
+    durable: flush the content to the disk before the rename, so that it survives a power failure.
+    own_name: the temporary path ends in the name of `path`, for readers that go by it.
+    """
+    existing = next(parent for parent in path.parents if parent.is_dir())
+    temporary = temporary_path(existing / path.name)
+    staged = temporary / path.name if own_name else temporary
     try:
-        unfinished.touch()
-        mode = unfinished.stat().st_mode
-        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        try:
-            save_file(contiguous, unfinished, metadata={"format": "pt", **(metadata or {})})
-        except SafetensorError as error:
-            raise system_error(error, path) from error
-        unfinished.chmod(mode)
-        unfinished.replace(path)
+        if own_name:
+            temporary.mkdir()
+        yield staged
+        if durable:
+            flush(staged)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        move_into_place(staged, path)
     finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file whole, flushed to the disk."""
-    unfinished = aside(path)
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        flush(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def unchanged_file_hash(path: Path) -> str:
-    """The same, read once in a process for as long as the file's size and time stay what they are."""
-    status = path.stat()
-    return _hash_unchanged(path, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=1 << 17)  # ADE20K has 40,000 images and maps
-def _hash_unchanged(path: Path, size: int, modified: int) -> str:
-    return file_hash(path)
+        _remove(temporary)
 
 
 @contextmanager
 def staged_folder(folder: Path) -> Iterator[Path]:
-    """A new, empty folder which takes the place of `folder`, whole and flushed to the disk, when the block ends.
+    """Yield a new, empty folder that takes the place of `folder`, flushed to the disk, when the block ends.
 
-    If the block raises, or the process dies in it, `folder` is as it was. The exchange is two renames: a process
-    killed between them leaves the old content beside, where `clear_leftovers` finds it.
+    If the block raises, or the process dies in it, `folder` is unchanged. The exchange is two renames: if a process is
+    killed between them, `remove_temporary` puts the old content back.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staged, old = aside(folder), aside(folder, "old")
-    staged.mkdir()
+    staged, old = temporary_path(folder), temporary_path(folder, "old")
+    staged.mkdir(parents=True)
     try:
         yield staged
         for path in [*staged.rglob("*"), staged]:
@@ -92,22 +81,133 @@ def staged_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def copy_folder(source: Path, target: Path) -> None:
-    """A copy of a folder, whole or absent, in place of what was there."""
-    with staged_folder(target) as staged:
-        shutil.copytree(source, staged, dirs_exist_ok=True)
+def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Return a folder of the cache. If it is missing, `make` fills it, and it appears whole."""
+    if not folder.exists():
+        staged = temporary_path(folder)
+        staged.mkdir(parents=True)
+        try:
+            make(staged)
+            staged.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster, and its folder is as good
+                raise
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+    return folder
+
+
+def move_into_place(finished: Path, path: Path) -> None:
+    """Rename a file that is complete to the name under which it is read."""
+    finished.replace(path)
+
+
+def remove_temporary(folder: Path, also_of_live_processes: bool = False) -> None:
+    """Remove temporary files and folders, in `folder` and below, of processes of this machine that are dead.
+
+    also_of_live_processes: remove those of any process and machine, for a folder that this process has locked.
+    """
+    for path in sorted(folder.rglob(".*")):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is None or not (also_of_live_processes or (found["host"] == _HOST and not _is_alive(found["process"]))):
+            continue
+        whole = path.with_name(found["name"])
+        if found["what"] == "old" and path.exists() and not whole.exists():  # killed between the two renames of an exchange
+            path.rename(whole)
+        else:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_alive(process: str) -> bool:
+    try:
+        return psutil.pid_exists(int(process))
+    except OverflowError:
+        return False
 
 
 def flush(path: Path) -> None:
-    """Have a file's content, or a folder's names, written to the disk itself."""
-    handle = os.open(path, os.O_RDONLY)
+    """Write a file's content, or a folder's names, to the disk itself."""
+    if os.name == "nt":  # has no flush of folders, and flushes only what is open for writing
+        if path.is_dir():
+            return
+        handle = os.open(path, os.O_RDWR)
+    else:
+        handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
+# --- Content ----------------------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file as a whole, flushed to the disk."""
+    with staged_file(path, durable=True) as staged:
+        staged.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, content: Any, allow_nan: bool = True) -> None:
+    """Replace a JSON file as a whole. ValueError if `content` holds NaN or infinity and `allow_nan` is False."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=allow_nan) + "\n")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Replace a safetensors file as a whole, with the permissions of any new file. OSError if the disk refuses it."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with staged_file(path) as staged:
+        staged.touch()
+        mode = staged.stat().st_mode  # safetensors writes files that only their owner can read
+        try:
+            save_file(contiguous, staged, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:
+            raise system_error(error, path) from error
+        staged.chmod(mode)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder, whole or not at all, in place of what was there."""
+    with staged_folder(target) as staged:
+        shutil.copytree(source, staged, dirs_exist_ok=True)
+
+
 def system_error(error: SafetensorError, path: Path | None = None) -> Exception:
-    """What safetensors says of the system, as the system's own error; anything else as it is."""
+    """Return the system's error that a SafetensorError reports, as an OSError; any other error unchanged."""
     number = re.search(r"\(os error (\d+)\)", str(error))
     return OSError(int(number[1]), os.strerror(int(number[1])), path and str(path)) if number else error
+
+
+# --- Hashes -----------------------------------------------------------------------------------------------------------
+
+
+def digest(content: Any) -> str:
+    """Return 32 hexadecimal digits for JSON-able content. Equal contents have equal digests.
+
+    Cache keys and score identities hold these values: they must not change.
+    """
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unchanged_file_hash(path: Path) -> str:
+    """Return the same, computed once per process while the file's size and modification time stay the same."""
+    status = path.stat()
+    return _hash_unchanged(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1 << 17)  # ADE20K has 40,000 images and maps
+def _hash_unchanged(path: Path, size: int, modified: int) -> str:
+    return file_hash(path)

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from etherdiff.system.errors import Stopped
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM sends SIGUSR1 before a job's time is up
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK") if hasattr(signal, name))
+"""Signals that stop a run, those that this system has: SLURM sends SIGUSR1 before a job's time is up; SIGBREAK is Windows'."""
 
 
 class _Signals:

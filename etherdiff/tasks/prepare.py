@@ -16,7 +16,7 @@ from etherdiff.config import DreamBoothConfig
 from etherdiff.families.bases import StableDiffusion, encode_prompts, make_pipeline
 from etherdiff.families.sampling import chunks, sample
 from etherdiff.images.reading import read_image, resize_and_crop, save_png, to_array
-from etherdiff.system.leftovers import clear_leftovers
+from etherdiff.system.files import remove_temporary
 from etherdiff.system.paths import cache_dir
 from etherdiff.system.terminal import track
 from etherdiff.tasks.dreambooth_data import DreamBoothData, Moments
@@ -33,7 +33,7 @@ def prepare_data(
     """All that the training loop will read; `hashes` is the base's fingerprint. Uses the model's parts where needed."""
     config, device = plan.config, accelerator.device
     if accelerator.is_main_process:
-        clear_leftovers(cache_dir())
+        remove_temporary(cache_dir())
     class_images = make_class_images(plan, model, hashes, accelerator) if config.prior_preservation else []
     with accelerator.main_process_first():  # the others find it in the cache
         moments = cached_moments(model.vae.to(device), plan.images, config, hashes, "the subject's images")

@@ -13,8 +13,7 @@ from etherdiff.control.pairs import Pair
 from etherdiff.families.bases import StableDiffusion, encode_prompts
 from etherdiff.images.reading import read_image, resize_and_crop, to_array
 from etherdiff.system.devices import DTYPES
-from etherdiff.system.files import unchanged_file_hash
-from etherdiff.system.leftovers import clear_leftovers
+from etherdiff.system.files import remove_temporary, unchanged_file_hash
 from etherdiff.system.paths import cache_dir
 from etherdiff.system.terminal import track
 from etherdiff.tasks.s2i_data import S2IData
@@ -29,7 +28,7 @@ def prepare_pairs(plan: S2IPlan, model: StableDiffusion, hashes: dict[str, str],
     config, dataset, device = plan.config, plan.dataset, accelerator.device
     watched = validation_pairs(plan)
     if accelerator.is_main_process:
-        clear_leftovers(cache_dir())
+        remove_temporary(cache_dir())
     with accelerator.main_process_first():  # the others find it in the cache
         model.vae.to(device)
         latents = pair_latents(plan, dataset.training, 1 + config.flip, model, hashes, "encoding the training images")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from etherdiff.system.paths import cache_dir, made_once
+from etherdiff.system.files import make_once
+from etherdiff.system.paths import cache_dir
 from etherdiff.tiny.world import render_subject
 
 IMAGES = 5
@@ -43,7 +44,7 @@ PROMPTS = (
 
 def subject_folder(name: str) -> Path:
     """The subject's images, rendered in the cache on first use: 00.png to 04.png, and held_out/00.png to 15.png."""
-    return made_once(cache_dir() / f"tiny-subjects-{VERSION}" / name, lambda folder: render_folder(name, folder))
+    return make_once(cache_dir() / f"tiny-subjects-{VERSION}" / name, lambda folder: render_folder(name, folder))
 
 
 def render_folder(name: str, folder: Path) -> None:

@@ -10,15 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from etherdiff.system.files import save_tensors
+from etherdiff.system.files import digest, save_tensors
 from etherdiff.system.paths import cache_dir
 
 Tensors = dict[str, Tensor]
-
-
-def digest(key: dict[str, Any]) -> str:
-    """A name for a JSON-able key: equal keys get equal names."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def cached(kind: str, key: dict[str, Any], compute: Callable[[], Tensors]) -> Tensors:

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from etherdiff.families.sampling import chunks
-from etherdiff.system.files import file_hash, write_text
-from etherdiff.system.locks import turn
+from etherdiff.system.files import digest, file_hash, move_into_place, write_text
+from etherdiff.system.locks import wait_for_lock
 from etherdiff.system.paths import cache_dir
 from etherdiff.system.terminal import track, warn
-from etherdiff.train.cache import digest
 
 PIXELS_AT_ONCE = 4 * 512 * 512
 BETWEEN_RECORDS = 64  # batches after which it is recorded how far the work is
@@ -60,7 +59,7 @@ def stored_latents(
     path = cache_dir() / "latents" / f"{digest(key)}.npy"
     found = _whole(path)
     if found is None:  # no lock before: a finished cache may lie where nothing can be written
-        with turn(path.with_suffix(".lock")):
+        with wait_for_lock(path.with_suffix(".lock")):
             found = _whole(path)
             if found is None:
                 if path.exists():
@@ -85,8 +84,9 @@ def _compute(
             moments.flush()
             write_text(record, json.dumps({"done": part[-1] + 1}))
     moments.flush()
+    del moments  # Windows renames no file that is mapped
     write_text(record, json.dumps({"done": count, "sha256": file_hash(unfinished)}))
-    unfinished.replace(path)  # last: without its hash there it seems damaged, to other processes and after a kill
+    move_into_place(unfinished, path)  # last: without its hash it would seem damaged, to other processes and after a kill
     return np.load(path, mmap_mode="r")
 
 

@@ -11,8 +11,7 @@ from accelerate import Accelerator
 from etherdiff.config import PerturbConfig, TrainConfig
 from etherdiff.runs.folder import SEAL, RunFolder, installed_versions, is_sealed, read_settings, restore_metrics
 from etherdiff.system.errors import UserError
-from etherdiff.system.files import staged_folder, write_text
-from etherdiff.system.leftovers import clear_leftovers
+from etherdiff.system.files import remove_temporary, staged_folder, write_text
 from etherdiff.system.terminal import is_main_process, say, warn
 from etherdiff.train.checkpoint import load_checkpoint, newest_checkpoint
 from etherdiff.train.loop import TrainingState
@@ -26,7 +25,7 @@ def reopen(path: Path) -> tuple[RunFolder, TrainConfig, dict[str, Any]]:
     run = RunFolder(path)
     _refuse_links(run)
     if is_main_process():
-        clear_leftovers(run.path, whoever=True)
+        remove_temporary(run.path, also_of_live_processes=True)
     copy = _whole_copy(run)
     if copy is None:
         _, config, provenance = read_settings(path)

@@ -6,7 +6,6 @@ before it takes its final name.
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +44,7 @@ from etherdiff.families.bases import (
 from etherdiff.families.single_file import write_single_file
 from etherdiff.families.text_encoder import save_text_encoder
 from etherdiff.system.errors import ProofError, UserError
-from etherdiff.system.files import save_tensors, staged_folder
+from etherdiff.system.files import save_tensors, staged_file, staged_folder
 
 PROOF_PROMPT = "a photo of a dog"
 PROOF_TIMESTEP = 500
@@ -261,15 +260,11 @@ def export_adapter(
         )
     factors, reference = _factors_and_reference(base, saved, scale)
     tensors = _kohya_tensors(factors) if format == "kohya" else _diffusers_tensors(factors)
-    existing = next(parent for parent in path.parents if parent.is_dir())
-    with tempfile.TemporaryDirectory(dir=existing, prefix=f".{path.stem}.") as aside:
-        staged = Path(aside) / path.name
+    with staged_file(path, own_name=True) as staged:
         save_tensors(tensors, staged, _metadata(base, factors, kohya=format == "kohya"))
         pipeline: Any = make_pipeline(load_base(base))
         pipeline.load_lora_weights(str(staged))
         difference = _prove(pipeline, reference, TOLERANCE[torch.float32], "the LoRA file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged.replace(path)
     report = {"path": path, "files": 1, "same_base": same_base}
     return report | {"layers": len(factors), "rank": _largest_rank(factors)} | difference.as_dict()
 

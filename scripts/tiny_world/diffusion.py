@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from etherdiff.families.loss import min_snr_weight
+from etherdiff.system.files import staged_file
 from etherdiff.system.terminal import track
 from tiny_world.data import THING_WEIGHT, SceneSet, scene_set, thing_weights, to_tensor
 from tiny_world.reading import train_reader
@@ -145,9 +146,8 @@ def training_set(vae: AutoencoderKL, tokenizer: CLIPTokenizer, scenes: SceneSet,
     if not path.exists():
         starts = range(0, len(scenes.images), 100)
         parts = [_moments(vae, scenes.images[s : s + 100]) for s in track(starts, f"latents of {name} scenes")]
-        aside = path.with_suffix(".partial.npy")
-        np.save(aside, np.concatenate(parts))
-        aside.rename(path)
+        with staged_file(path) as staged, staged.open("wb") as file:
+            np.save(file, np.concatenate(parts))
     forms = (scenes.captions, scenes.loose_captions, scenes.short_captions)
     ids = [tokenize(tokenizer, captions) for captions in forms]
     common = np.unique(np.concatenate([rows.ravel() for rows in ids]))

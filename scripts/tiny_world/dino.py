@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
+from etherdiff.system.files import staged_file
 from etherdiff.tiny.world import render_thing
 from tiny_world.cards import parameter_count, write_card
 from tiny_world.data import in_two_processes, to_tensor
@@ -84,9 +85,8 @@ def thing_views(split: str, things: int, views: int, work: Path) -> NDArray[np.u
     if not path.exists():
         work.mkdir(parents=True, exist_ok=True)
         chunks = in_two_processes(partial(_render_chunk, split, things, views), range(0, things, _CHUNK))
-        aside = path.with_suffix(".partial.npy")
-        np.save(aside, np.concatenate(chunks))
-        aside.rename(path)
+        with staged_file(path) as staged, staged.open("wb") as file:
+            np.save(file, np.concatenate(chunks))
     return np.load(path, mmap_mode="r")
 
 

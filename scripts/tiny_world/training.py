@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from etherdiff.system.files import staged_file
 from etherdiff.system.terminal import progress_bar, say
 
 CHECKPOINT_SECONDS = 120
@@ -129,8 +130,8 @@ def _log(folder: Path, row: dict[str, float]) -> None:
 
 def _save(folder: Path, step: int, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     state = {"step": step, "model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save(state, folder / "checkpoint.tmp")
-    (folder / "checkpoint.tmp").rename(folder / "checkpoint.pt")
+    with staged_file(folder / "checkpoint.pt") as staged:
+        torch.save(state, staged)
 
 
 def _restore(folder: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -13,7 +13,8 @@ from etherdiff.control.captions import TEXT_KEYS, first_of
 from etherdiff.control.readers.imagefolder import METADATA, read_imagefolder
 from etherdiff.control.readers.listing import Listing
 from etherdiff.system.errors import UserError
-from etherdiff.system.paths import cache_dir, made_once
+from etherdiff.system.files import make_once
+from etherdiff.system.paths import cache_dir
 from etherdiff.system.terminal import track
 
 VERSION = 1  # of what is unpacked here
@@ -33,7 +34,7 @@ def read_hub_dataset(repo: str) -> Listing:
     files = _fetch(repo)
     key = hashlib.sha256("\n".join(f"{path.name} {path.stat().st_size}" for path in files).encode()).hexdigest()[:16]
     folder = cache_dir() / f"hub-datasets-{VERSION}" / f"{repo.replace('/', '--')}-{key}"
-    return read_imagefolder(made_once(folder, lambda new: unpack(files, new)))
+    return read_imagefolder(make_once(folder, lambda new: unpack(files, new)))
 
 
 def unpack(files: list[Path], folder: Path) -> None:

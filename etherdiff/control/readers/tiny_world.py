@@ -7,7 +7,8 @@ from PIL import Image
 
 from etherdiff.control.readers.imagefolder import METADATA, read_imagefolder
 from etherdiff.control.readers.listing import Listing
-from etherdiff.system.paths import cache_dir, made_once
+from etherdiff.system.files import make_once
+from etherdiff.system.paths import cache_dir
 from etherdiff.system.terminal import track
 from etherdiff.tiny.world import render_scene
 
@@ -26,7 +27,7 @@ def read_tiny_world(evaluation: str, training_scenes: int = TRAINING, evaluated_
 def scenes_folder(split: str, count: int) -> Path:
     """The first `count` scenes of a split; under train/, images, label maps and metadata.jsonl."""
     folder = cache_dir() / f"tiny-scenes-{VERSION}" / f"{split}-{count}"
-    return made_once(folder, lambda new: _render(split, count, new / "train"))
+    return make_once(folder, lambda new: _render(split, count, new / "train"))
 
 
 def _render(split: str, count: int, folder: Path) -> None:
