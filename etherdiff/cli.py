@@ -617,7 +617,7 @@ def _listed(text: str) -> tuple[str, ...]:
 
 def _relaunch_as_begun(run: Path) -> None:
     """A run of several processes goes on with as many: unless torchrun started this one, it becomes torchrun."""
-    from etherdiff.runs.folder import recorded_processes
+    from etherdiff.runs.run import recorded_processes
 
     processes = recorded_processes(run)
     if processes < 2 or "WORLD_SIZE" in os.environ:

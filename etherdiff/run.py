@@ -15,8 +15,10 @@ from accelerate import Accelerator
 from etherdiff.config import DreamBoothConfig, S2IConfig, TrainConfig
 from etherdiff.families.bases import fingerprint, load_base
 from etherdiff.report.reporting import show_report
+from etherdiff.runs.base import refuse_other_base
 from etherdiff.runs.faults import explained
 from etherdiff.runs.folder import RunFolder, write_settings
+from etherdiff.runs.run import Run
 from etherdiff.system import signals
 from etherdiff.system.devices import DTYPES, peak_memory
 from etherdiff.system.errors import NotFiniteError, Stopped, UserError
@@ -58,7 +60,7 @@ def resume(path: Path, steps: int | None = None, on_nan: str | None = None) -> P
     if not run.settings.is_file() and not run.checkpoints.is_dir():
         raise UserError(f"{path} is not a run folder: it has no run.yaml")
     with run_lock(path):
-        run, config, provenance = reopen(path)
+        opened, config = reopen(path)
         newest, _ = newest_checkpoint(run.checkpoints)
         done = read_step(newest) if newest else 0
         changes = {name: value for name, value in (("steps", steps), ("on_nan", on_nan)) if value is not None}
@@ -67,22 +69,22 @@ def resume(path: Path, steps: int | None = None, on_nan: str | None = None) -> P
             raise UserError(f"steps: {path} is at step {done} already; give more than that")
         job = plan_job(wanted, resuming=True)
         with explained(job.plan.config, path):
-            return train_job(job, provenance)
+            return train_job(job, opened)
 
 
-def train_job(job: Job[Any], provenance: dict[str, Any] | None = None) -> Path:
-    """Train in a run folder that is locked; `provenance` is what a run that goes on had recorded."""
+def train_job(job: Job[Any], resumed: Run | None = None) -> Path:
+    """Train in a run folder that is locked; `resumed` is the run as it was recorded, where it goes on."""
     plan, config, run = job.plan, job.plan.config, RunFolder(job.plan.output)
     clock = Clock()
     accelerator = make_accelerator(config, run.logs)
-    if provenance is not None:
-        check_machine(run, provenance, accelerator)
+    if resumed is not None:
+        check_machine(resumed, accelerator)
     with clock("load"):
         model = load_base(plan.base)
         base_hashes = fingerprint(plan.base)
     recorded_base = {"name": plan.base.name, "fingerprint": base_hashes}
     if accelerator.is_main_process:
-        open_run(run, job, base_hashes, provenance, accelerator)
+        open_run(run, job, base_hashes, resumed, accelerator)
     with clock("prepare"):
         data = job.prepare(model, base_hashes, accelerator)
         watchers = job.watch(model, run, recorded_base, accelerator)
@@ -92,7 +94,7 @@ def train_job(job: Job[Any], provenance: dict[str, Any] | None = None) -> Path:
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     state = prepare_training(job.build(model), config, accelerator, job.groups())
-    if provenance is not None:
+    if resumed is not None:
         resume_from_checkpoint(state, run, accelerator)
     for number, line in enumerate(job.describe(accelerator)):
         say(line, style="" if number else "bold")
@@ -132,10 +134,11 @@ def run_loop(
     try:
         fit(state, lambda step: data.batches(step, process, processes), config, accelerator, recorder.on_step, stopping)
     except NotFiniteError as error:
+        if config.on_nan == "stop":
+            recorder.checkpoint(state)
+        recorder.record_divergence(state.step + 1)
         if config.on_nan == "skip":
             raise
-        recorder.checkpoint(state)
-        recorder.record_divergence(state.step + 1)
         raise NotFiniteError(f"{error}; or {how_to_go_on(recorder.run)} --on-nan skip") from error
     recorder.checkpoint(state)
 
@@ -153,19 +156,14 @@ def end_tracker(accelerator: Accelerator) -> None:
         warn(f"the tracker failed at the end ({type(error).__name__}: {error})")
 
 
-def open_run(
-    run: RunFolder, job: Job[Any], hashes: dict[str, str], provenance: dict[str, Any] | None, accelerator: Accelerator
-) -> None:
+def open_run(run: RunFolder, job: Job[Any], hashes: dict[str, str], resumed: Run | None, accelerator: Accelerator) -> None:
     """Record what the run is told; one that is resumed must have the same base and data, and keeps its provenance."""
     base, config, digest = job.plan.base, job.plan.config, job.digest()
-    if provenance is not None:
-        recorded = provenance.get("base", {}).get("fingerprint", {})
-        changed = sorted(name for name in hashes if hashes[name] != recorded.get(name))
-        if changed:
-            raise UserError(f"{run.path} was trained on other weights than {base.name} holds now: {', '.join(changed)}")
-        if provenance.get("images", digest) != digest:
+    if resumed is not None:
+        refuse_other_base(resumed, base, hashes)
+        if resumed.provenance.images not in (None, digest):
             raise UserError(f"{run.path} was trained on other images than {job.said_of_data()} holds now: put them back")
-        write_settings(run, job.task, config, provenance)
+        write_settings(run, job.task, config, resumed.provenance.content())
         return
     for path in run.path.iterdir() if config.overwrite else ():
         if path.is_dir() and not path.is_symlink():

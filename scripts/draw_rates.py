@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 from PIL import Image, ImageDraw
 
-from etherdiff.eval.results import eval_folder
 from etherdiff.images.reading import contact_sheet
 from etherdiff.results.keys import value_of
 from etherdiff.results.runs import collect
@@ -31,7 +30,7 @@ def main(
     """Draw the sheet."""
     drawn = {
         (str(run.config.method), float(str(value_of(run, "learning_rate")))): sorted(
-            eval_folder(run.folder.path).glob(f"images/{prompt:03d}-*/*.png")
+            run.folder.eval.glob(f"images/{prompt:03d}-*/*.png")
         )
         for run in collect([sweep]).runs
     }

@@ -17,7 +17,7 @@ import typer
 from PIL import Image
 
 from etherdiff.images.reading import contact_sheet, read_image
-from etherdiff.runs.control import control_config, run_dataset
+from etherdiff.runs.control import open_control_run, run_dataset
 from etherdiff.system.terminal import quiet_libraries, say
 
 TRAINING = (
@@ -78,7 +78,7 @@ def _etherdiff(*arguments: str) -> None:
 
 def _sheet(run: Path) -> Image.Image:
     """A column per map: control, what was drawn, and the real image."""
-    _, config, _ = control_config(run)
+    _, config = open_control_run(run)
     assert config.resolution is not None
     dataset = run_dataset(config, config.data_root, config.resolution)
     drawn = sorted((run / "eval" / "images").glob("*/*.png"))[:SHOWN]

@@ -19,7 +19,8 @@ from etherdiff.eval.evaluate import find_trained
 from etherdiff.families.sampling import sample
 from etherdiff.images.reading import read_png_settings
 from etherdiff.run import resume, train_dreambooth
-from etherdiff.runs.folder import RunFolder, read_settings
+from etherdiff.runs.folder import RunFolder
+from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 from etherdiff.train import recorder as recorder_module
 from etherdiff.train.resuming import restore_best
@@ -82,8 +83,8 @@ def test_scores_are_logged_and_the_best_adapter_is_kept(tmp_path, capsys):
     assert best["why"] in " ".join(capsys.readouterr().err.split())
     assert read_adapter(run / "best").method == "ether+"
     assert len(list((run / "eval/steps").glob("step-*/*/0.png"))) == 5 * 4
-    assert read_settings(run)[1].eval_scores == "on"
-    assert find_trained(RunFolder(run), read_settings(run)[1], "best").step == best["step"]
+    assert Run.open(run).config.eval_scores == "on"
+    assert find_trained(RunFolder(run), Run.open(run).config, "best").step == best["step"]
 
 
 def test_the_best_is_of_its_step_and_a_tie_stays_with_the_earlier(tmp_path, scripted):

@@ -66,7 +66,7 @@ def at(content, path):
 def test_runs_that_were_scored_alike_stand_beside_each_other(results, write):
     columns = compare(write(results))
     assert [column.name for column in columns] == [BASE, "ether", "lora"]
-    assert [column.scores["dino"]["mean"] for column in columns] == [0.3, 0.666, 0.66]
+    assert [column.scores["dino"].mean for column in columns] == [0.3, 0.666, 0.66]
     found = as_json(columns)
     assert found["scores"]["dino"]["lora"] == {"mean": 0.66, "low": 0.65, "high": 0.67, "n": 100}
     assert (found["differences"], found["versions"]) == ({}, {})

@@ -30,6 +30,7 @@ from etherdiff.eval.evaluate_control import ControlOptions, evaluate_control, re
 from etherdiff.eval.readers import Reader, ReadLandmarks, find_reader
 from etherdiff.images.reading import read_image, read_png_settings
 from etherdiff.runs.folder import RunFolder, write_settings
+from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 from etherdiff.tiny.world import CLASSES, PALETTE
 
@@ -125,8 +126,8 @@ def pipeline(tmp_path, monkeypatch):
 
 def loader(drawing, dataset):
     def load(path, device):
-        config = S2IConfig(base="tiny", dataset="somewhere", resolution=SIDE, steps=7)
-        return drawing, dataset, config, {"base": {"fingerprint": {"unet": "abc"}}}
+        run = Run.open(path)
+        return drawing, dataset, run, run.config
 
     return load
 

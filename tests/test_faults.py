@@ -337,7 +337,7 @@ def test_only_the_newest_are_kept_and_best_is_never_touched(tmp_path, monkeypatc
 def test_damaged_checkpoints_do_not_push_out_the_whole_ones(whole, copy):
     for step in (4, 6):
         HARM["bit"](copy / "checkpoints" / f"step-{step:06d}" / "state.json")
-    provenance = run_module.reopen(copy)[2]
+    provenance = run_module.reopen(copy)[0].provenance.content()
     config = run_module.reopen(copy)[1].model_copy(update={"keep": 1})
     run_module.write_settings(run_module.RunFolder(copy), "dreambooth", config, provenance)
     resume(copy)
@@ -371,7 +371,7 @@ def test_nan_stops_the_run_with_the_last_good_state_kept(tmp_path, monkeypatch):
     with pytest.raises(NotFiniteError, match=r"NaN or infinite at step 4.*lower --learning-rate.*resume .*--on-nan skip"):
         train_dreambooth(small_config(tmp_path / "run", keep=1))
     assert checkpoints(tmp_path / "run") == [2, 3]
-    assert metrics(tmp_path / "run")[-1] == {"step": 4, "loss": None}
+    assert metrics(tmp_path / "run")[-1] == {"step": 4, "loss": None, "diverged": True}
     assert is_known_to_have_diverged(tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "step-000003"
     for name in ("parameters", "optimizer", "ema"):
@@ -399,6 +399,7 @@ def test_skipping_for_ever_is_no_way_on(tmp_path, monkeypatch):
     monkeypatch.setattr(loop_module, "isfinite", lambda _: False)
     with pytest.raises(NotFiniteError, match=r"for 3 steps.*skipping does not help"):
         train_dreambooth(small_config(tmp_path / "run", on_nan="skip"))
+    assert is_known_to_have_diverged(tmp_path / "run")
 
 
 @pytest.mark.parametrize("rate", [1e20, 1e30])
@@ -503,7 +504,8 @@ def test_a_tracker_that_fails_does_not_stop_the_run(whole, tmp_path, monkeypatch
 
 
 def test_a_tracker_that_cannot_even_start(whole, stopped):
-    run, config, provenance = run_module.reopen(stopped)
+    opened, config = run_module.reopen(stopped)
+    run, provenance = opened.folder, opened.provenance.content()
     run_module.write_settings(run, "dreambooth", config.model_copy(update={"tracker": "tensorboard"}), provenance)
     (stopped / "logs").write_text("a file where the folder should be")
     with Told() as told:
@@ -630,7 +632,8 @@ def test_overwriting_leaves_nothing_of_the_old_run_and_keeps_the_lock(copy, monk
 
 
 def test_a_run_of_several_processes_goes_on_with_as_many(copy, monkeypatch):
-    run, config, provenance = run_module.reopen(copy)
+    opened, config = run_module.reopen(copy)
+    run, provenance = opened.folder, opened.provenance.content()
     run_module.write_settings(run, "dreambooth", config, provenance | {"processes": 2})
     with pytest.raises(UserError, match=r"begun by 2 processes.*torchrun --nproc-per-node 2 -m etherdiff resume"):
         resume(copy)
@@ -717,7 +720,8 @@ def test_a_run_goes_on_with_its_own_number_of_threads(copy, whole):
 
 def test_other_images_are_not_taken_for_those_it_began_with(copy):
     (copy.parent / "ball").mkdir(exist_ok=True)
-    run, config, provenance = run_module.reopen(copy)
+    opened, config = run_module.reopen(copy)
+    run, provenance = opened.folder, opened.provenance.content()
     shutil.copytree(config.subject, copy.parent / "ball", dirs_exist_ok=True)
     (copy.parent / "ball" / "00.png").unlink()
     config = config.model_copy(update={"subject": str(copy.parent / "ball")})
@@ -727,7 +731,8 @@ def test_other_images_are_not_taken_for_those_it_began_with(copy):
 
 
 def test_another_version_of_what_computes_is_warned_of(copy):
-    run, config, provenance = run_module.reopen(copy)
+    opened, config = run_module.reopen(copy)
+    run, provenance = opened.folder, opened.provenance.content()
     versions = provenance["versions"] | {"torch": "1.0"}
     run_module.write_settings(run, "dreambooth", config, provenance | {"versions": versions})
     with Told() as told:

@@ -20,7 +20,7 @@ from etherdiff.families.sampling import S2I_SAMPLING
 from etherdiff.images.reading import read_png_settings
 from etherdiff.run import resume, train_s2i
 from etherdiff.runs.control import load_control_run
-from etherdiff.runs.folder import read_settings
+from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 from etherdiff.tasks.s2i_prepare import as_tensor
 from etherdiff.use.dryrun import dry_run
@@ -76,7 +76,8 @@ def test_a_run_leaves_what_the_contract_says(run):
     with Image.open(run / "samples" / "step-000004.png") as sheet:
         assert sheet.width > 4 * 64
     assert len(list((run / "samples" / "step-000004").glob("*.png"))) == 2
-    _, config, provenance = read_settings(run)
+    opened = Run.open(run)
+    config, provenance = opened.config, opened.provenance.content()
     assert provenance["task"] == "s2i"
     assert provenance["pairs"] == {"training": 6, "evaluation": 2}
     assert (config.learning_rate, config.encoder_learning_rate, config.targets) == (1e-3, 1e-4, "attention+geglu")
@@ -205,7 +206,7 @@ def test_a_merged_run_opens_without_etherdiff_and_predicts_the_same(run, tmp_pat
         source.base, [(p, 1.0) for p in source.adapters], tmp_path / "out", hint_encoder=source.hint_encoder
     )
     assert report["relative_difference"] < 1e-4
-    pipeline, dataset, config, _ = load_control_run(run, "cpu")
+    pipeline, dataset, _, config = load_control_run(run, "cpu")
     control = as_tensor(dataset.signal.picture(dataset.evaluation[0].control, config.resolution))[None]
     text = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, ["a photo of a red ball"])
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -293,7 +294,7 @@ def test_an_encoder_is_drawn_from_the_seed_alone(run):
     from etherdiff.tasks.s2i import make_hint_encoder
     from etherdiff.tasks.s2i_plan import plan_s2i
 
-    _, config, _ = read_settings(run)
+    config = Run.open(run).config
     plan = plan_s2i(config, resuming=True)
     torch.manual_seed(1)
     first = make_hint_encoder(plan)

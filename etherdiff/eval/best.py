@@ -22,7 +22,6 @@ from etherdiff.eval.backbones import PRESETS, find_backbones
 from etherdiff.eval.image_set import PromptImages, Scoring
 from etherdiff.eval.network import Backbone
 from etherdiff.eval.protocol import EvalPrompt, make_prompts
-from etherdiff.eval.results import eval_folder
 from etherdiff.eval.scores import score_images
 from etherdiff.families.bases import StableDiffusion, encode_prompts, make_pipeline
 from etherdiff.families.sampling import PAPER_SAMPLING, sample, slug
@@ -119,7 +118,7 @@ class StepScorer:
         unet, vae = self.model.unet, self.model.vae
         vae.to(unet.device, unet.dtype)
         pipeline = make_pipeline(self.model)
-        folder, found = eval_folder(self.run.path) / "steps" / f"step-{step:06d}", []
+        folder, found = self.run.eval / "steps" / f"step-{step:06d}", []
         for number, prompt in enumerate(self.prompts):
             embeddings: dict[str, Any] = {
                 "prompt_embeds": self.text[number][None].to(unet.device, unet.dtype),

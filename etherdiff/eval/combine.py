@@ -6,13 +6,9 @@ from typing import Any
 from etherdiff.eval.intervals import DRAWS, FEWEST_PROMPTS, bootstrap_mean
 from etherdiff.eval.metrics import HELD_OUT, METRICS
 from etherdiff.eval.scorer import interval_fields
+from etherdiff.runs.identity import SUBJECTS_OWN, differences
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import digest
-
-VERSIONS = "versions"
-"""Of an identity: the libraries', which only move the last digits."""
-SUBJECTS_OWN = (VERSIONS, "sha256", "n", "seeds")
-"""Of an identity: what each subject has its own of."""
 
 
 def combine_subjects(results: Mapping[str, dict[str, Any]], seed: int = 0, draws: int = DRAWS) -> dict[str, Any]:
@@ -40,15 +36,6 @@ def combine_subjects(results: Mapping[str, dict[str, Any]], seed: int = 0, draws
         "left_out": {subject: result["left_out"] for subject, result in results.items()},
         "not_scored": {name: "a score of sets is not pooled over subjects" for name in everything if name not in names},
     }
-
-
-def differences(one: Any, other: Any, ignored: Sequence[str] = (VERSIONS,), path: str = "") -> list[str]:
-    """Dotted names of what differs between two identities; a key of `ignored` is left out at any depth."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        keys = [key for key in dict.fromkeys([*one, *other]) if key not in ignored]
-        inner = (differences(one.get(key), other.get(key), ignored, f"{path}.{key}" if path else key) for key in keys)
-        return [name for names in inner for name in names]
-    return [] if one == other else [path]
 
 
 def _base(name: str) -> str:

@@ -5,7 +5,7 @@ feature, preprocessing), real images, prompts and their form, seeds, sampler, an
 etherdiff's own version, whose code they are. Other libraries' versions change a score by rounding and are only warned of.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from etherdiff.eval.combine import VERSIONS
-from etherdiff.eval.results import compared_identity, interval_text, library_versions, named_differences, read_result
+from etherdiff.eval.intervals import interval_text
+from etherdiff.runs.identity import score_differences, version_differences
+from etherdiff.runs.result import EvalResult, Score, read_result
 from etherdiff.system.errors import UserError
 
 FACTS = ("subject", "dataset", "method", "base_model", "checkpoint", "step")
@@ -27,7 +28,7 @@ class Column:
 
     name: str
     facts: dict[str, Any]
-    scores: dict[str, dict[str, Any]]
+    scores: dict[str, Score]
     differs: dict[str, list[str]] = field(default_factory=dict)
     """Score -> how it was computed otherwise than the first run's; empty where all may be compared."""
     rounding: list[str] = field(default_factory=list)
@@ -51,7 +52,7 @@ def compare(runs: Sequence[Path], anyway: bool = False) -> list[Column]:
     if problems:
         raise UserError(problems)
     names = _names(runs)
-    columns = [Column(names[run], _facts(result), result["scores"]) for run, result in results.items()]
+    columns = [Column(names[run], _facts(result), result.scores) for run, result in results.items()]
     for column in columns[1:]:
         _hold_against(columns[0], column)
     wrong = [f"{column.name} was not scored as {columns[0].name} was: {text}" for column in columns for text in told(column)]
@@ -81,7 +82,7 @@ def cell(column: Column, score: str) -> str:
     if one is None:
         return ""
     mark = "*" if column.differs.get(score) else ""
-    return f"{one['mean']:.4f}{mark} {interval_text(one)}"
+    return f"{one.mean:.4f}{mark} {interval_text(one.low, one.high)}"
 
 
 def as_table(columns: Sequence[Column]) -> Group:
@@ -115,7 +116,7 @@ def as_json(columns: Sequence[Column]) -> dict[str, Any]:
     return {
         "columns": [{"name": column.name, **column.facts} for column in columns],
         "scores": {
-            score: {c.name: {key: c.scores[score][key] for key in kept} for c in columns if score in c.scores}
+            score: {c.name: {key: getattr(c.scores[score], key) for key in kept} for c in columns if score in c.scores}
             for score in row_names(columns)
         },
         "differences": {column.name: column.differs for column in columns if column.differs},
@@ -138,8 +139,8 @@ def _names(runs: Sequence[Path]) -> dict[Path, str]:
     return {run: name if names.count(name) == 1 else str(run) for run, name in zip(runs, names, strict=True)}
 
 
-def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
-    return {fact: result["run"][fact] for fact in FACTS if result["run"].get(fact) is not None}
+def _facts(result: EvalResult) -> dict[str, Any]:
+    return {fact: value for fact in FACTS if (value := getattr(result.run, fact)) is not None}
 
 
 def _told_facts(columns: Sequence[Column]) -> list[str]:
@@ -150,26 +151,20 @@ def _told_facts(columns: Sequence[Column]) -> list[str]:
 def _hold_against(first: Column, column: Column) -> None:
     for score in (name for name in first.scores if name in column.scores):
         one, other = first.scores[score], column.scores[score]
-        found = named_differences(compared_identity(one), compared_identity(other), (VERSIONS,))
-        if found:
+        if found := score_differences(one, other):
             column.differs[score] = found
-        for part, version in dict(library_versions(other["identity"])).items():
-            before = dict(library_versions(one["identity"])).get(part)
-            text = f"{part} {version} ({before})"
-            if version != before and text not in column.rounding:
-                column.rounding.append(text)
+        texts = [f"{name} {version} ({before})" for name, version, before in version_differences(one, other)]
+        column.rounding += [text for text in texts if text not in column.rounding]
 
 
-def _shared_base(results: Sequence[Mapping[str, Any]]) -> Column | None:
+def _shared_base(results: Sequence[EvalResult]) -> Column | None:
     """The base's scores, where every run has the same."""
-    bases = [result.get("base") for result in results]
-    if not all(bases):
+    bases = [result.base for result in results if result.base]
+    means = [{name: one.mean for name, one in base.scores.items()} for base in bases]
+    if len(bases) < len(results) or any(mean != means[0] for mean in means):
         return None
-    means = [{name: one["mean"] for name, one in base["scores"].items()} for base in bases if base]
-    if any(mean != means[0] for mean in means) or bases[0] is None:
-        return None
-    run = results[0]["run"]
-    return Column(BASE, {"subject": run.get("subject"), "base_model": run.get("base_model")}, bases[0]["scores"])
+    run = results[0].run
+    return Column(BASE, {"subject": run.subject, "base_model": run.base_model}, bases[0].scores)
 
 
 def _escaped(text: str) -> str:

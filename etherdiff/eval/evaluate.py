@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 
 from etherdiff.adapters.io import load_adapter, read_adapter
 from etherdiff.adapters.methods import add_adapter
-from etherdiff.config import DreamBoothConfig, PerturbConfig, RunConfig, SubjectConfig, TrainConfig, load_yaml
+from etherdiff.config import DreamBoothConfig, PerturbConfig, RunConfig, S2IConfig, SubjectConfig, TrainConfig
 from etherdiff.eval.backbones import PRESETS, ROLES, find_backbones
 from etherdiff.eval.fid import fid_problem
 from etherdiff.eval.image_set import PromptForm, Scoring
+from etherdiff.eval.intervals import interval_text
 from etherdiff.eval.metrics import HELD_OUT, METRICS, PROMPT_METRICS, SUBJECT_METRICS
 from etherdiff.eval.network import Backbone, versions_of
 from etherdiff.eval.paper import PAPER_SCOPE, differs_from_paper, paper_value
@@ -40,12 +41,12 @@ from etherdiff.eval.protocol import (
     why_not_these,
     write_set,
 )
-from etherdiff.eval.results import eval_folder, interval_text
 from etherdiff.eval.scores import score_images
 from etherdiff.families.bases import Base, find_base, fingerprint, load_base, make_pipeline
 from etherdiff.images.reading import read_images
 from etherdiff.report.reporting import show_report
-from etherdiff.runs.folder import RunFolder, check_result, read_settings
+from etherdiff.runs.folder import RunFolder, check_result
+from etherdiff.runs.run import Run
 from etherdiff.system.devices import device_problem, resolve_device
 from etherdiff.system.errors import RunError, UserError
 from etherdiff.system.files import digest, file_hash, remove_temporary, write_json
@@ -159,7 +160,7 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        return eval_folder(self.run.path)
+        return self.run.eval
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -238,14 +239,10 @@ def plan_evaluation(path: Path, options: EvalOptions) -> Plan:
 
 def read_run(path: Path) -> tuple[RunFolder, DreamBoothConfig | PerturbConfig, dict[str, Any]]:
     """A subject-driven run. UserError where it is none."""
-    if RunFolder(path).settings.is_file():
-        content = load_yaml(RunFolder(path).settings)
-        provenance = content.get("provenance") if isinstance(content, dict) else None
-        if isinstance(provenance, dict) and provenance.get("task") == "s2i":
-            raise UserError(f"{path} is a run of train-s2i: evaluate_control judges those")
-    run, config, found = read_settings(path)
-    assert isinstance(config, DreamBoothConfig | PerturbConfig)
-    return run, config, found
+    run = Run.open(path)
+    if isinstance(run.config, S2IConfig):
+        raise UserError(f"{path} is a run of train-s2i: it is judged by its controls, not by a subject")
+    return run.folder, run.config, run.provenance.content()
 
 
 def refuse_other_images(run: RunFolder, config: SubjectConfig, provenance: Mapping[str, Any], subject: Subject) -> None:
@@ -475,7 +472,7 @@ def render(result: Mapping[str, Any]) -> Group:
     for name, one in result["scores"].items():
         if METRICS[name.removesuffix(HELD_OUT)].compares == "real x other real":
             continue
-        row = [name, f"{one['mean']:.4f}", interval_text(one), str(one["n"])]
+        row = [name, f"{one['mean']:.4f}", interval_text(one["low"], one["high"]), str(one["n"])]
         if base:
             row.append(_mean(base["scores"].get(name)))
         row.append(_mean(result["scores"].get(METRICS[name].baseline)) if name in METRICS else "")

@@ -20,23 +20,23 @@ from PIL import Image
 from rich.console import Group
 from rich.table import Table
 
-from etherdiff.config import S2IConfig, load_yaml
+from etherdiff.config import S2IConfig
 from etherdiff.control.pairs import ControlDataset, Pair
 from etherdiff.eval.backbones import find_backbones
 from etherdiff.eval.control_scores import ControlledImage, ControlScoring, score_controlled
 from etherdiff.eval.evaluate import by_role, drawing_problems, drawing_versions, enough_memory, network_problems, notes, timed
+from etherdiff.eval.intervals import interval_text
 from etherdiff.eval.metrics import CONTROL_METRICS, CONTROL_ROLES
 from etherdiff.eval.network import Backbone
 from etherdiff.eval.paper import PAPER_S2I
 from etherdiff.eval.protocol import ROUNDING, is_whole, read_sets, why_not_these, write_set
 from etherdiff.eval.readers import NotReadable, Reader, find_reader
-from etherdiff.eval.results import eval_folder, interval_text
 from etherdiff.eval.segmenter import SEGMENTERS
 from etherdiff.families.sampling import S2I_SAMPLING, chunks, sheet, slug
 from etherdiff.images.reading import UnreadableImage, read_image, resize_and_crop, save_png
 from etherdiff.report.reporting import show_report
 from etherdiff.runs.control import load_control_run
-from etherdiff.runs.folder import RunFolder
+from etherdiff.runs.run import Run
 from etherdiff.system.devices import resolve_device
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import digest, file_hash, remove_temporary, staged_file, write_json
@@ -103,12 +103,11 @@ class ControlOptions:
 class Judged:
     """A loaded run."""
 
-    run: RunFolder
+    run: Run
+    config: S2IConfig
     pipeline: Any
     """A `StableDiffusionS2IPipeline`, ready to draw by DDIM; anything that is called alike will do."""
     dataset: ControlDataset
-    config: S2IConfig
-    provenance: dict[str, Any]
 
     @property
     def resolution(self) -> int:
@@ -119,7 +118,7 @@ class Judged:
     @property
     def weights_sha256(self) -> str:
         """Of the adapters, where there are any, and of the control encoder."""
-        folders = [*self.run.adapters, self.run.control_encoder]
+        folders = [*self.run.adapters, self.run.folder.control_encoder]
         files = [path for folder in folders for path in sorted(folder.glob("*")) if path.suffix in (".json", ".safetensors")]
         return digest({f"{path.parent.name}/{path.name}": file_hash(path) for path in files})
 
@@ -135,7 +134,7 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        return eval_folder(self.judged.run.path)
+        return self.judged.run.folder.eval
 
     @property
     def drawn(self) -> tuple[str, ...]:
@@ -175,7 +174,7 @@ class Plan:
         facts = {"device": resolve_device(self.options.device), "batch_size": self.options.batch_size}
         return {
             "run": self.judged.weights_sha256,
-            "base": dict(self.judged.provenance.get("base", {}).get("fingerprint", {})),
+            "base": self.judged.run.provenance.base.fingerprint,
             "prompts": digest([pair.text for pair in self.pairs]),
             "controls": digest(_hashes(self.controls(name).values())),
             "signal": digest(self.judged.dataset.signal.settings()),
@@ -187,11 +186,8 @@ class Plan:
 
 
 def is_control_run(path: Path) -> bool:
-    """Whether a folder holds a run of train-s2i, by its run.yaml. UserError where that cannot be read."""
-    settings = RunFolder(path).settings
-    content = load_yaml(settings) if settings.is_file() else None
-    provenance = content.get("provenance") if isinstance(content, dict) else None
-    return isinstance(provenance, dict) and provenance.get("task") == "s2i"
+    """Whether a folder holds a run of train-s2i. UserError where it holds none."""
+    return Run.open(path).is_controlled
 
 
 def evaluate_control(path: Path, options: ControlOptions) -> dict[str, Any]:
@@ -220,7 +216,8 @@ def evaluate_control(path: Path, options: ControlOptions) -> dict[str, Any]:
 
 def load_run(path: Path, device: str) -> Judged:
     """The run's model and its dataset. UserError where either cannot be used."""
-    return Judged(RunFolder(path), *load_control_run(path, device))
+    pipeline, dataset, run, config = load_control_run(path, device)
+    return Judged(run, config, pipeline, dataset)
 
 
 def plan_evaluation(path: Path, options: ControlOptions) -> Plan:
@@ -399,7 +396,7 @@ def score(plan: Plan) -> dict[str, Any]:
             "signal": judged.dataset.signal.name,
             "method": judged.config.method,
             "base_model": judged.config.base,
-            "base_fingerprint": dict(judged.provenance.get("base", {}).get("fingerprint", {})),
+            "base_fingerprint": judged.run.provenance.base.fingerprint,
             "checkpoint": "last",
             "step": judged.config.steps,
             "weights_sha256": judged.weights_sha256,
@@ -445,7 +442,7 @@ def render(result: Mapping[str, Any]) -> Group:
     for name, one in result["scores"].items():
         others = [found["scores"].get(name) for found in beside.values()]
         means = ["" if other is None else f"{other['mean']:.4f}" for other in others]
-        table.add_row(name, f"{one['mean']:.4f}", interval_text(one), str(one["n"]), *means)
+        table.add_row(name, f"{one['mean']:.4f}", interval_text(one["low"], one["high"]), str(one["n"]), *means)
     lines = [*notes(result, "the run"), *(line for name, found in beside.items() for line in notes(found, TITLES[name]))]
     lines.append("intervals: how the score would move with other images; FID's with blocks of them left out in turn")
     return Group(table, *lines)

@@ -29,6 +29,11 @@ _STREAM = 0x6576616C  # keeps these numbers apart from those of training with th
 Interval = tuple[float, float]
 
 
+def interval_text(low: float | None, high: float | None) -> str:
+    """Write an interval as [low, high]; a dash where there is none."""
+    return "-" if low is None or high is None else f"[{low:.4f}, {high:.4f}]"
+
+
 def bootstrap_mean(totals: ArrayLike, counts: ArrayLike, seed: int = 0, draws: int = DRAWS) -> Interval | None:
     """Percentile interval of Σ totals / Σ counts when units are drawn again.
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from etherdiff.eval.combine import differences
+from etherdiff.runs.identity import differences
 
 PAPER_SUBJECTS: dict[str, dict[str, float]] = {
     "real images": {"dino": 0.703, "clip_i": 0.864, "lpips_to_real": 0.695},

@@ -19,9 +19,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from etherdiff.eval.image_set import PromptImages
-from etherdiff.eval.results import named_differences
 from etherdiff.families.sampling import PAPER_SAMPLING, chunks, sample, slug
 from etherdiff.images.reading import save_png
+from etherdiff.runs.identity import named_differences
 from etherdiff.system.files import write_json
 from etherdiff.system.terminal import track
 

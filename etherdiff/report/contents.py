@@ -12,7 +12,8 @@ from etherdiff.adapters.io import FULL, load_adapter, read_adapter
 from etherdiff.config import RunConfig
 from etherdiff.families.bases import Base, find_base, load_base
 from etherdiff.images.reading import list_images, read_png_settings
-from etherdiff.runs.folder import RunFolder, read_settings
+from etherdiff.runs.folder import RunFolder
+from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 from etherdiff.use.export import trained_on
 
@@ -67,7 +68,8 @@ class Contents:
 
 def read_contents(path: Path) -> Contents:
     """Everything in a run folder. UserError where it is none."""
-    run, config, provenance = read_settings(path)
+    opened = Run.open(path)
+    run, config, provenance = opened.folder, opened.config, opened.provenance.content()
     damaged: list[str] = []
     result = _read_object(path / "eval" / "metrics.json", damaged)
     base = _recorded_base(provenance)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from etherdiff.eval.metrics import CONTROL_METRICS, HELD_OUT, METRICS
 from etherdiff.report.scores import NAMES
 from etherdiff.results.facts import FACTS
-from etherdiff.results.runs import Run
+from etherdiff.runs.run import Run
 
 SUBJECT_COLUMNS = ("trainable_parameters", "dino", "dino_held_out", "clip_i", "clip_t", "lpips_to_real")
 """Of the paper's Table 2; and the score that does not reward copying."""

@@ -10,8 +10,9 @@ from etherdiff.results.identity import check_identities
 from etherdiff.results.keys import Value, check_keys, group, refuse_mixtures, shown, value_of
 from etherdiff.results.paper import PaperValue, paper_of
 from etherdiff.results.pooling import Cell, pool_numbers
-from etherdiff.results.runs import Collection, LeftOut, Run, collect
+from etherdiff.results.runs import Collection, LeftOut, collect
 from etherdiff.results.tables import Numbers, lost_of
+from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 
 STEP = "step"
@@ -140,7 +141,7 @@ def _logged(runs: Sequence[Run], name: str) -> list[tuple[float, Cell]]:
     at: dict[float, dict[str, tuple[str, float]]] = {}
     for run in runs:
         for step, value in thinned(points(run.curves, name)):
-            at.setdefault(step, {})[run.name] = (run.subject, value)
+            at.setdefault(step, {})[run.name] = (run.subject_name, value)
     pooled = {step: pool_numbers(numbers) for step, numbers in sorted(at.items())}
     return [(step, cell) for step, cell in pooled.items() if cell is not None]
 

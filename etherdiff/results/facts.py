@@ -25,10 +25,11 @@ from etherdiff.adapters.methods import TARGETS, MethodOptions
 from etherdiff.config import TrainConfig
 from etherdiff.eval.best import combined
 from etherdiff.eval.metrics import HELD_OUT
-from etherdiff.families.bases import find_base, fingerprint, load_base
+from etherdiff.families.bases import find_base, load_base
 from etherdiff.report.curves import points
-from etherdiff.results.runs import Run
+from etherdiff.runs.base import find_local_base
 from etherdiff.runs.folder import manifest_of
+from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import file_hash, write_json
 from etherdiff.tasks.planning import method_options
@@ -83,7 +84,7 @@ def _read_kept(path: Path, of: Mapping[str, Any]) -> dict[str, float | None]:
 
 def _computed_from(run: Run) -> dict[str, Any]:
     """Hashes of all that a kept number depends on."""
-    hashes = {folder.name: _result_hash(folder) for folder in run.folder.adapters}
+    hashes = {folder.name: _result_hash(folder) for folder in run.adapters}
     return {"etherdiff": __version__, "run.yaml": file_hash(run.folder.settings), "results": hashes}
 
 
@@ -98,9 +99,9 @@ def _result_hash(folder: Path) -> str:
 
 def _trainable_parameters(run: Run) -> float:
     """Trained numbers of the adapters (of a re-fitted run: both); the control encoder is not counted, as in the paper."""
-    if not run.folder.adapters and run.config.method != "none":
+    if not run.adapters and run.config.method != "none":
         raise UserError("it has no adapter")
-    return float(sum(_numbers(read_adapter(folder).folder / WEIGHTS) for folder in run.folder.adapters))
+    return float(sum(_numbers(read_adapter(folder).folder / WEIGHTS) for folder in run.adapters))
 
 
 def _numbers(path: Path) -> int:
@@ -144,12 +145,10 @@ def _pass_flops(
 def _seconds_per_step(run: Run) -> float:
     """Of the last session's training, with what it evaluated and drew on the way; other programs slow it down."""
     config = _trained(run)
-    try:
-        cost = json.loads(run.folder.cost.read_text(encoding="utf-8"))
-        images = config.batch_size * config.gradient_accumulation * cost["processes"]
-        return float(images / cost["images_per_second"])
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"cost.json cannot be read ({error!r})") from error
+    cost = run.cost
+    if not cost.images_per_second or not cost.processes:
+        raise UserError("cost.json cannot be read (it has no images_per_second or no processes)")
+    return config.batch_size * config.gradient_accumulation * cost.processes / cost.images_per_second
 
 
 def _validation_loss(run: Run) -> float:
@@ -165,7 +164,7 @@ def _likeness_and_prompt(run: Run, likeness: str) -> float:
     """√(DINO · CLIP-T), as `best/` is chosen by: DINO alone is high for a copy of the photos, CLIP-T alone for the base."""
     if missing := [name for name in (likeness, "clip_t") if name not in run.scores]:
         raise UserError(f"it has no {' and no '.join(missing)}")
-    return combined({"dino": run.scores[likeness]["mean"], "clip_t": run.scores["clip_t"]["mean"]})
+    return combined({"dino": run.scores[likeness].mean, "clip_t": run.scores["clip_t"].mean})
 
 
 # --- Measured on the weights -----------------------------------------------------------------------------------------
@@ -173,7 +172,7 @@ def _likeness_and_prompt(run: Run, likeness: str) -> float:
 
 def _transformation_distance(run: Run) -> float | None:
     """Mean of ‖T − I‖_F over the layers' sides that are multiplied; None for methods that add."""
-    if len(run.folder.adapters) != 1 or read_adapter(run.folder.adapter).peft_type in (FULL, MAGNITUDE):
+    if len(run.adapters) != 1 or read_adapter(run.folder.adapter).peft_type in (FULL, MAGNITUDE):
         return None
     drift = adapter_drift(load_adapter(_base_unet(run), run.folder.adapter)).values()
     sides = [side for layer in drift for side in (layer.input_side, layer.output_side) if side is not None]
@@ -196,7 +195,7 @@ def _weights(run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     unet = _base_unet(run)
     targets = TARGETS[run.config.targets]
     before = {name: weight.clone() for name, weight in _targeted(unet, targets).items()}
-    adapted = load_adapters(unet, [(folder, 1.0) for folder in run.folder.adapters])
+    adapted = load_adapters(unet, [(folder, 1.0) for folder in run.adapters])
     return before, _targeted(merge_adapter(adapted), targets)
 
 
@@ -208,19 +207,9 @@ def _targeted(unet: nn.Module, endings: tuple[str, ...]) -> dict[str, Tensor]:
 
 def _base_unet(run: Run) -> Any:
     """The base's UNet as the run found it; nothing is downloaded. UserError where it is not there any more."""
-    if not run.folder.adapters and run.config.method != "none":
+    if not run.adapters and run.config.method != "none":
         raise UserError("it has no adapter")
-    recorded = run.provenance.get("base")
-    recorded = recorded if isinstance(recorded, dict) else {}
-    place = str(recorded.get("path"))
-    name = place if Path(place).is_absolute() and Path(place).exists() else run.config.base
-    if name != "tiny" and not Path(name).exists():
-        raise UserError("its base is no longer where the run found it")
-    base = find_base(name, run.config.prediction_type)
-    before, now = recorded.get("fingerprint", {}), fingerprint(base)
-    if any(now.get(part) != sha256 for part, sha256 in before.items()):
-        raise UserError("its base holds other weights now")
-    return load_base(base).unet
+    return load_base(find_local_base(run)).unet
 
 
 def _mean(values: list[float]) -> float:

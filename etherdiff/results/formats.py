@@ -246,7 +246,7 @@ def _csv_row(table: Table, row: Row) -> dict[str, object]:
     found |= {"row": row.beside or "runs", "left_out": row.left_out}
     if not row.beside:
         seeds = {getattr(run.config, "seed", None) for run in row.runs}
-        found |= {"runs": len(row.runs), "subjects": len({run.subject for run in row.runs}), "seeds": len(seeds)}
+        found |= {"runs": len(row.runs), "subjects": len({run.subject_name for run in row.runs}), "seeds": len(seeds)}
         found["run_names"] = _listed([run.name for run in row.runs])
     if table.best and row.plateau is not None:
         plateau = row.plateau

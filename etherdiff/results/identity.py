@@ -4,13 +4,11 @@ Scores of one subject must have been computed alike in everything, as in `compar
 but the subjects' own images and prompts, as in `combine_subjects`. Other libraries' versions are only told.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from etherdiff.eval.combine import SUBJECTS_OWN, VERSIONS
-from etherdiff.eval.results import compared_identity, library_versions, named_differences
-from etherdiff.results.runs import Run
+from etherdiff.runs.identity import SUBJECTS_OWN, score_differences, version_differences
+from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 
 
@@ -47,30 +45,19 @@ def check_identities(runs: Sequence[Run], scores: Sequence[str], anyway: bool) -
         with_it = [run for run in runs if score in run.scores]
         first: dict[str, Run] = {}
         for run in with_it:
-            own = first.setdefault(run.subject, run)
-            found = _differences(own, run, score, (VERSIONS,)) or _differences(with_it[0], run, score, SUBJECTS_OWN)
+            own = first.setdefault(run.subject_name, run)
+            one, other, wholly_first = own.scores[score], run.scores[score], with_it[0].scores[score]
+            found = score_differences(one, other) or score_differences(wholly_first, other, SUBJECTS_OWN)
             if found:
                 checked.otherwise[str(run.folder.path), score] = found
-            for text in _rounding(with_it[0].scores[score]["identity"], run.scores[score]["identity"]):
+            for name, version, before in version_differences(with_it[0].scores[score], run.scores[score]):
+                text = f"{name} {version} and {before}, which may change the last digits"
                 if text not in checked.rounding:
                     checked.rounding.append(text)
     if checked.otherwise and not anyway:
         advice = "score them alike (etherdiff eval), or pass --anyway to see them together, marked"
         raise UserError([*checked.sentences(), advice])
     return checked
-
-
-def _differences(one: Run, other: Run, score: str, ignored: Sequence[str]) -> list[str]:
-    return named_differences(compared_identity(one.scores[score]), compared_identity(other.scores[score]), ignored)
-
-
-def _rounding(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    before = dict(library_versions(one))
-    return [
-        f"{name} {version} and {before[name]}, which may change the last digits"
-        for name, version in library_versions(other)
-        if name in before and version != before[name]
-    ]
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:

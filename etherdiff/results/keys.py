@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from etherdiff.results.runs import Run
+from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 
 NEUTRAL = frozenset(
@@ -15,8 +15,6 @@ NEUTRAL = frozenset(
 """Where a run lies and what is recorded of it: keys that its result does not depend on."""
 REPEATED = frozenset({"seed", "subject", "class_noun"})
 """What runs of one row may differ in: their scores are averaged over it."""
-REFITTED = "+magnitude"
-"""Ending of the method of a run whose magnitudes were re-fitted."""
 METHOD_ORDER = (
     *("none", "full", "lora", "vera", "boft", "hra", "oft", "oft+magnitude", "naive"),
     *("ether", "ether+one-sided", "ether+"),
@@ -26,22 +24,16 @@ Value = Any
 """Of a key: text, a number, a truth value or None."""
 
 
-def method_label(run: Run) -> str:
-    """The method, as `eval.paper` names it: re-fitted magnitudes are a method of their own."""
-    method = str(run.config.method)
-    return method + REFITTED if getattr(run.config, "refit", None) is not None else method
-
-
 _SPECIAL: dict[str, Callable[[Run], Value]] = {
     "run": lambda run: run.name,
     "task": lambda run: run.task,
-    "method": method_label,
-    "subject": lambda run: run.subject,
-    "dataset": lambda run: run.subject,
+    "method": lambda run: run.method_label,
+    "subject": lambda run: run.subject_name,
+    "dataset": lambda run: run.subject_name,
     "base": lambda run: _short_path(run.config.base),
     "refit": lambda run: getattr(run.config, "refit", None) is not None,
-    "checkpoint": lambda run: run.result and run.result["run"].get("checkpoint"),
-    "checkpoint_step": lambda run: run.result and run.result["run"].get("step"),
+    "checkpoint": lambda run: run.result and run.result.run.checkpoint,
+    "checkpoint_step": lambda run: run.result and run.result.run.step,
 }
 
 
@@ -112,7 +104,7 @@ def _differing(runs: Sequence[Run], keys: Sequence[str]) -> dict[str, list[str]]
         texts = list(dict.fromkeys(shown(_hashable(value_of(run, name))) for run in runs))
         if len(texts) > 1:
             found[name] = texts
-    weights = {str(dict(run.provenance.get("base") or {}).get("fingerprint")) for run in runs}
+    weights = {str(run.provenance.base.fingerprint) for run in runs}
     return found | ({"the base's weights": ["of other files"]} if len(weights) > 1 else {})
 
 

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from etherdiff.config import TrainConfig
 from etherdiff.eval.evaluate_control import PAPER_S2I_SCOPE
 from etherdiff.eval.paper import PAPER_SCOPE, paper_value
-from etherdiff.report.contents import mapping, sequence
-from etherdiff.results.keys import method_label
-from etherdiff.results.runs import Run
+from etherdiff.runs.run import Run
 
 REAL_IMAGES = {"dino": "dino_real_images", "clip_i": "clip_i_real_images", "lpips_to_real": "lpips_real_images"}
 
@@ -25,7 +23,7 @@ class PaperValue:
 
 def paper_of(runs: Sequence[Run], score: str) -> PaperValue | None:
     """The paper's number for the method of the runs, if they were trained, have one method and it has one."""
-    methods = {method_label(run) for run in runs if isinstance(run.config, TrainConfig)}
+    methods = {run.method_label for run in runs if isinstance(run.config, TrainConfig)}
     value = paper_value(score, *methods) if len(methods) == 1 else None
     if value is None:
         return None
@@ -50,10 +48,5 @@ def paper_scope(task: str) -> str:
 
 def _differs(run: Run, score: str) -> list[str]:
     """As `etherdiff eval` recorded it; of a score that it recorded nothing of, that."""
-    recorded = mapping(mapping(run.result or {}).get("paper")).get("scores")
-    found = mapping(mapping(recorded).get(score))
-    return (
-        [str(reason) for reason in sequence(found.get("differs"))]
-        if found
-        else ["not compared with the paper by etherdiff eval"]
-    )
+    recorded = run.result.paper.scores.get(score) if run.result else None
+    return recorded.differs if recorded else ["not compared with the paper by etherdiff eval"]

@@ -9,12 +9,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from etherdiff.eval.combine import combine_subjects
 from etherdiff.eval.intervals import FEWEST_PROMPTS, LEVEL, Interval, bootstrap_mean
 from etherdiff.eval.metrics import HELD_OUT, METRICS
-from etherdiff.results.runs import Run
+from etherdiff.runs.result import PromptScore, Score, SetScores
+from etherdiff.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -33,25 +34,40 @@ class Cell:
     """Whether some of it was computed otherwise than the rest of the table."""
 
 
-def pool_scores(runs: Sequence[Run], name: str) -> Cell | None:
+class Scored(NamedTuple):
+    """The scores of one run, or of what it was judged beside."""
+
+    run: str
+    subject: str
+    result: SetScores
+
+
+def scored(runs: Sequence[Run]) -> list[Scored]:
+    """The runs that were scored, with their own scores."""
+    return [Scored(run.name, run.subject_name, run.result) for run in runs if run.result]
+
+
+def pool_scores(everything: Sequence[Scored], name: str) -> Cell | None:
     """A score of the runs that have it; None where none has, or where it cannot be averaged (FID over subjects).
 
     The runs may differ in subject and seed only.
     """
-    of_subjects = _by_subject([run for run in runs if name in run.scores])
-    values = {run.name: float(run.scores[name]["mean"]) for of in of_subjects.values() for run in of}
+    of_subjects: dict[str, list[SetScores]] = {}
+    values: dict[str, float] = {}
+    for run, subject, result in everything:
+        if name in result.scores:
+            of_subjects.setdefault(subject, []).append(result)
+            values[run] = result.scores[name].mean
     if not values:
         return None
+    first = next(iter(of_subjects.values()))[0]
+    if len(values) == 1:
+        return _own_cell(first.scores[name], values)
     if len(of_subjects) == 1:
-        (of,) = of_subjects.values()
-        if len(of) > 1:
-            return _over_seeds(list(values.values()), values)
-        one = of[0].scores[name]
-        return Cell(one["mean"], one["low"], one["high"], _own_unit(one), values)
+        return _over_seeds(list(values.values()), values)
     if METRICS[name.removesuffix(HELD_OUT)].compares == "sets":
         return None
-    first = next(iter(of_subjects.values()))[0]
-    results = {subject: _averaged(of, name, first.scores[name]["identity"]) for subject, of in of_subjects.items()}
+    results = {subject: _averaged(of, name, first.scores[name].identity) for subject, of in of_subjects.items()}
     pooled = combine_subjects(results)["scores"][name]
     unit = pooled["interval"]["over"]
     count = len(results) if unit == "subjects" else sum(len(one["per_prompt"]) for one in results.values())
@@ -97,41 +113,37 @@ def _over_seeds(numbers: Sequence[float], values: dict[str, float]) -> Cell:
     return Cell(math.fsum(numbers) / len(numbers), low, high, _counted(len(numbers), "seeds", low), values)
 
 
-def _by_subject(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        found.setdefault(run.subject, []).append(run)
-    return found
-
-
-def _averaged(runs: Sequence[Run], name: str, identity: Mapping[str, Any]) -> dict[str, Any]:
+def _averaged(results: Sequence[SetScores], name: str, identity: Mapping[str, Any]) -> dict[str, Any]:
     """A subject's runs as one result for `combine_subjects`: means over its seeds, of the subject and of each prompt.
 
     identity: that of the row's first run. Whether the others are alike is asked elsewhere, where the answer may be overruled.
     """
-    scores = [run.scores[name] for run in runs]
-    prompts: dict[str, list[Mapping[str, Any]]] = {}
-    for run in runs:
-        for prompt in (run.result or {}).get("per_prompt", []):
-            if one := prompt["scores"].get(name):
-                prompts.setdefault(prompt["prompt"], []).append(one)
+    scores = [result.scores[name] for result in results]
+    prompts: dict[str, list[PromptScore]] = {}
+    for prompt in (prompt for result in results for prompt in result.per_prompt):
+        if one := prompt.scores.get(name):
+            prompts.setdefault(prompt.prompt, []).append(one)
     return {
-        "scores": {name: {**_mean_of(scores), "n": sum(one["n"] for one in scores), "identity": identity}},
+        "scores": {name: {**_mean_of(scores), "n": sum(one.n for one in scores), "identity": identity}},
         "per_prompt": [{"scores": {name: _mean_of(of)}} for of in prompts.values()],
         "left_out": {},
     }
 
 
-def _mean_of(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _mean_of(scores: Sequence[Score | PromptScore]) -> dict[str, float]:
     count = len(scores)
-    return {key: math.fsum(one[key] for one in scores) / count for key in ("mean", "pairs")}
+    return {
+        "mean": math.fsum(one.mean for one in scores) / count,
+        "pairs": math.fsum(one.pairs or 0 for one in scores) / count,
+    }
 
 
-def _own_unit(score: Mapping[str, Any]) -> str:
-    """What a run's own interval is over; how many images, where it is images."""
-    unit = str(dict(score.get("interval") or {}).get("over", ""))
-    count = {"images": score["n"], "prompts": dict(score["identity"].get("prompts") or {}).get("n")}.get(unit)
-    return "" if score["low"] is None else unit if count is None else f"{count} {unit}"
+def _own_cell(score: Score, values: dict[str, float]) -> Cell:
+    """A run's own interval; how many images or prompts it is over, where that is known."""
+    unit = str(score.interval.get("over", ""))
+    count = {"images": score.n, "prompts": dict(score.identity.get("prompts") or {}).get("n")}.get(unit)
+    over = "" if score.low is None else unit if count is None else f"{count} {unit}"
+    return Cell(score.mean, score.low, score.high, over, values)
 
 
 def _counted(count: int, unit: str, low: float | None) -> str:

@@ -12,8 +12,10 @@ from etherdiff.results.identity import Checked, check_identities
 from etherdiff.results.keys import Value, check_keys, group, refuse_mixtures, shown, value_of
 from etherdiff.results.paper import PaperValue, paper_of, paper_of_real_images, paper_scope
 from etherdiff.results.plateau import SHARE, Plateau, find_plateau
-from etherdiff.results.pooling import Cell, pool_numbers, pool_scores
-from etherdiff.results.runs import Collection, LeftOut, Run, collect
+from etherdiff.results.pooling import Cell, Scored, pool_numbers, pool_scores, scored
+from etherdiff.results.runs import Collection, LeftOut, collect
+from etherdiff.runs.result import SetScores
+from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 from etherdiff.system.terminal import track
 
@@ -172,15 +174,17 @@ class Numbers:
         return cell and replace(cell, differs=any(self.checked.is_otherwise(runs, score) for score in scores_behind([name])))
 
     def _fact_cell(self, runs: Sequence[Run], name: str) -> Cell | None:
-        return pool_numbers({run.name: (run.subject, value) for run in runs if (value := self._fact(run, name)) is not None})
+        return pool_numbers(
+            {run.name: (run.subject_name, value) for run in runs if (value := self._fact(run, name)) is not None}
+        )
 
     def _score_cell(self, runs: Sequence[Run], name: str) -> Cell | None:
-        for run in runs:
-            if name not in run.scores:
-                why = dict((run.result or {}).get("not_scored") or {}).get(name, "not asked for when it was scored")
-                self._miss(name, f"{run.name} ({why})")
-        cell = pool_scores(runs, name)
-        if cell is None and any(name in run.scores for run in runs):
+        found = scored(runs)
+        lacking = [one for one in found if name not in one.result.scores]
+        for run, _, result in lacking:
+            self._miss(name, f"{run} ({result.not_scored.get(name, 'not asked for when it was scored')})")
+        cell = pool_scores(found, name)
+        if cell is None and len(lacking) < len(found):
             self._miss(name, "a score of sets is not pooled over subjects")
         return cell
 
@@ -242,7 +246,7 @@ def _best_row(
     by_setting = {setting: of for (setting,), of in group(runs, (options.best,)).items()}
     lost = lost_of(collection, options.rows, values)
     failed = {value_of(one.run, options.best) for one in lost if one.diverged and one.run}
-    pooled = {setting: pool_scores(of, by) if is_score(by) else numbers.cell(of, by) for setting, of in by_setting.items()}
+    pooled = {s: pool_scores(scored(of), by) if is_score(by) else numbers.cell(of, by) for s, of in by_setting.items()}
     found = {setting: cell.mean for setting, cell in pooled.items() if cell is not None and setting not in failed}
     points = [(float(setting), found.get(setting)) for setting in sorted({*pooled, *filter(_is_positive, failed)})]
     higher = bool(column(by).higher_is_better)
@@ -259,40 +263,39 @@ def _beside(
     """Rows of what the runs were judged beside: real images, and the base. Of each subject its first run tells."""
     if "subject" in options.rows:
         return []
-    firsts = list({run.subject: run for run in reversed(runs)}.values())[::-1]
-    real = [_with_scores(run, _real_scores(run)) for run in firsts]
-    bases = [_with_scores(run, (run.result or {}).get("base")) for run in firsts]
+    firsts = list({run.subject_name: run for run in reversed(runs)}.values())[::-1]
     found = []
-    for title, stand_ins in (("real images", real), ("the base", bases)):
-        known = [run for run in stand_ins if run is not None]
-        cells = {name: cell for name in names if name not in FACTS and (cell := _pooled_beside(known, name, title)) is not None}
+    for title, result_of in (("real images", _real_scores), ("the base", _base_scores)):
+        is_real = title == "real images"
+        known = [Scored(run.name, run.subject_name, scores) for run in firsts if (scores := result_of(run))]
+        columns = {name: _score_beside(name) if is_real else name for name in names if name not in FACTS}
+        cells = {name: cell for name, score in columns.items() if (cell := pool_scores(known, score)) is not None}
         if not cells or len(known) < len(firsts):
             continue
-        is_real = title == "real images"
         paper = {name: value for name in shows_paper if is_real and (value := paper_of_real_images(firsts, name))}
         found.append(Row(("",) * len(options.rows), firsts, cells, paper, beside=title))
     return found
 
 
-def _pooled_beside(runs: Sequence[Run], name: str, title: str) -> Cell | None:
-    """Scores among real images are kept under names of their own."""
-    entry = METRICS.get(name)
-    return pool_scores(runs, str(entry.baseline) if title == "real images" and entry and entry.baseline else name)
+def _score_beside(name: str) -> str:
+    """The name under which a score among real images is kept."""
+    return METRICS[name].baseline or name if name in METRICS else name
 
 
-def _real_scores(run: Run) -> dict[str, Any] | None:
+def _base_scores(run: Run) -> SetScores | None:
+    base = run.result.base if run.result else None
+    return base if base and base.scores else None
+
+
+def _real_scores(run: Run) -> SetScores | None:
     """The scores of real images: of a controllable run those of its maps' own, where they were asked for."""
-    result = run.result or {}
-    if run.task == "s2i":
-        beside = result.get("beside")
-        return beside.get("real_images") if isinstance(beside, dict) else None
+    if run.result is None:
+        return None
+    if run.is_controlled:
+        return run.result.beside.get("real_images")
     baselines = {entry.baseline for entry in METRICS.values()}
-    return {**result, "scores": {name: one for name, one in run.scores.items() if name in baselines}}
-
-
-def _with_scores(run: Run, result: Any) -> Run | None:
-    """The run with another's scores in place of its own."""
-    return replace(run, result=dict(result)) if isinstance(result, dict) and result.get("scores") else None
+    scores = {name: one for name, one in run.scores.items() if name in baselines}
+    return run.result.model_copy(update={"scores": scores}) if scores else None
 
 
 # --- What a reader has to know ---------------------------------------------------------------------------------------
@@ -332,13 +335,15 @@ def _of_intervals(rows: Sequence[Row]) -> str:
 
 def _of_subjects(rows: Sequence[Row]) -> str:
     """Rows that do not rest on the same subjects are not quite comparable."""
-    everything = dict.fromkeys(run.subject for row in rows for run in row.runs)
+    everything = dict.fromkeys(run.subject_name for row in rows for run in row.runs)
     lacking = {
-        " ".join(shown(value) for value in row.values): [s for s in everything if s not in {run.subject for run in row.runs}]
+        " ".join(shown(value) for value in row.values): [
+            s for s in everything if s not in {run.subject_name for run in row.runs}
+        ]
         for row in rows
     }
     told = [f"{name} is without {', '.join(subjects)}" for name, subjects in lacking.items() if subjects]
-    are_averaged = any(len({run.subject for run in row.runs}) > 1 for row in rows)
+    are_averaged = any(len({run.subject_name for run in row.runs}) > 1 for row in rows)
     return f"rows of different subjects: {'; '.join(told)}" if told and are_averaged else ""
 
 
@@ -355,7 +360,7 @@ def _of_paper(rows: Sequence[Row], task: str) -> str:
 
 def described(runs: Sequence[Run]) -> str:
     """How many runs, and of what: "12 (6 subjects × 2 seeds)"."""
-    subjects = {run.subject for run in runs}
+    subjects = {run.subject_name for run in runs}
     seeds = len(runs) // len(subjects)
     if len(runs) == 1 or len(subjects) == 1:
         return str(len(runs))

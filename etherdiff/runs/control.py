@@ -1,7 +1,6 @@
 """What a controllable run left, as a pipeline that draws."""
 
 from pathlib import Path
-from typing import Any
 
 from diffusers import DDIMScheduler
 from safetensors import SafetensorError
@@ -11,8 +10,10 @@ from etherdiff.config import S2IConfig
 from etherdiff.control.datasets import find_dataset
 from etherdiff.control.pairs import ControlDataset
 from etherdiff.control.pipeline import HintEncoder, StableDiffusionS2IPipeline
-from etherdiff.families.bases import StableDiffusion, find_base, fingerprint, load_base
-from etherdiff.runs.folder import RunFolder, check_result, read_settings
+from etherdiff.families.bases import StableDiffusion, find_base, load_base
+from etherdiff.runs.base import refuse_other_base
+from etherdiff.runs.folder import RunFolder, check_result
+from etherdiff.runs.run import Run
 from etherdiff.system.devices import resolve_device
 from etherdiff.system.errors import UserError
 
@@ -31,14 +32,13 @@ def make_s2i_pipeline(model: StableDiffusion, hint_encoder: HintEncoder | None =
     return pipeline
 
 
-def control_config(run: Path) -> tuple[RunFolder, S2IConfig, dict[str, Any]]:
-    """The settings of a finished controllable run. UserError where it is none, or has not finished."""
-    folder, config, provenance = read_settings(run)
-    if not isinstance(config, S2IConfig):
-        raise UserError(f"{run} is not a run of train-s2i: it has no control")
-    if not folder.control_encoder.is_dir():
-        raise UserError(f"{run} has no control encoder yet: the run has not finished (etherdiff resume {run})")
-    return folder, config, provenance
+def open_control_run(path: Path) -> tuple[Run, S2IConfig]:
+    """Open a finished controllable run. UserError where it is none, has not finished, or is damaged."""
+    run = Run.open(path)
+    if not isinstance(run.config, S2IConfig):
+        raise UserError(f"{path} is not a run of train-s2i: it has no control")
+    run.check_results()
+    return run, run.config
 
 
 def run_dataset(config: S2IConfig, root: Path | None, resolution: int) -> ControlDataset:
@@ -67,22 +67,14 @@ def load_hint_encoder(run: RunFolder) -> HintEncoder:
     return encoder.requires_grad_(False).eval()
 
 
-def load_control_run(
-    run: Path, device: str = "auto"
-) -> tuple[StableDiffusionS2IPipeline, ControlDataset, S2IConfig, dict[str, Any]]:
-    """The run's pipeline, ready to draw, its dataset, settings and provenance. UserError where anything is not as it was."""
-    folder, config, provenance = control_config(run)
-    assert config.resolution is not None  # the plan filled it in
-    hint_encoder = load_hint_encoder(folder)
+def load_control_run(path: Path, device: str = "auto") -> tuple[StableDiffusionS2IPipeline, ControlDataset, Run, S2IConfig]:
+    """Load the run's pipeline, ready to draw, and find its dataset. UserError where anything is not as it was."""
+    run, config = open_control_run(path)
+    hint_encoder = load_hint_encoder(run.folder)
     base = find_base(config.base, config.prediction_type)
-    recorded, now = provenance.get("base", {}).get("fingerprint", {}), fingerprint(base)
-    changed = sorted(name for name in recorded if recorded[name] != now.get(name))
-    if changed:
-        raise UserError(f"{run} was trained on other weights than {base.name} holds now: {', '.join(changed)}")
-    dataset = run_dataset(config, config.data_root, config.resolution)
+    refuse_other_base(run, base)
+    dataset = run_dataset(config, config.data_root, config.resolution or base.resolution)
     model = load_base(base)
-    for adapter in folder.adapters:
-        check_result(folder, adapter)
-    load_adapters(model.unet, [(adapter, 1.0) for adapter in folder.adapters])
+    load_adapters(model.unet, [(adapter, 1.0) for adapter in run.adapters])
     pipeline = make_s2i_pipeline(model, hint_encoder).to(resolve_device(device))
-    return pipeline, dataset, config, provenance
+    return pipeline, dataset, run, config

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from etherdiff import __version__
-from etherdiff.config import DreamBoothConfig, PerturbConfig, RunConfig, S2IConfig, load_run_config, load_yaml
+from etherdiff.config import DreamBoothConfig, PerturbConfig, RunConfig, S2IConfig
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import file_hash, write_json, write_text
 
@@ -77,6 +77,20 @@ class RunFolder:
     def cost(self) -> Path:
         return self.path / "cost.json"
 
+    @property
+    def eval(self) -> Path:
+        """What `etherdiff eval` draws and writes."""
+        return self.path / "eval"
+
+    @property
+    def result(self) -> Path:
+        """The scores."""
+        return self.eval / "metrics.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
 
 def write_settings(run: RunFolder, task: str, config: RunConfig, facts: dict[str, Any]) -> None:
     """run.yaml: the resolved configuration, itself a recipe, and under `provenance` what else determined the result.
@@ -110,28 +124,6 @@ def is_sealed(path: Path) -> bool:
 
 def _text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def read_settings(path: Path, settings: Path | None = None) -> tuple[RunFolder, RunConfig, dict[str, Any]]:
-    """The folder, its configuration and its provenance, from its run.yaml or from a copy. UserError where it is no run."""
-    run = RunFolder(path)
-    if not run.settings.is_file() and settings is None:
-        raise UserError(f"{path} is not a run folder: it has no run.yaml")
-    content = load_yaml(settings or run.settings)
-    try:
-        provenance = content.pop("provenance")
-        config_class = TASKS[provenance["task"]]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{run.settings} is not what a run wrote ({error!r})") from error
-    return run, load_run_config(config_class, content | {"output": str(path)}), provenance
-
-
-def recorded_processes(path: Path) -> int:
-    """How many processes began a run; 1 where that is not to be read."""
-    try:
-        return int(read_settings(path)[2].get("processes", 1))
-    except (UserError, TypeError, ValueError):
-        return 1
 
 
 def manifest_of(folder: Path) -> Path:
@@ -174,17 +166,26 @@ def append_metrics(run: RunFolder, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
-    """All whole lines of metrics.jsonl."""
-    if not run.metrics.exists():
+def read_metrics(run: RunFolder, damage: list[str] | None = None) -> list[dict[str, Any]]:
+    """Read the lines of metrics.jsonl by step; of several lines for one step, a later one adds to an earlier.
+
+    What is no such line (a kill can tear the last one) is skipped, and counted in a sentence that `damage` is given.
+    """
+    if not run.metrics.is_file():
         return []
-    rows = []
-    for line in run.metrics.read_text(encoding="utf-8").splitlines():
+    rows: dict[int, dict[str, Any]] = {}
+    lines = run.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+    bad = 0
+    for line in lines:
         try:
-            rows.append(json.loads(line))
-        except ValueError:  # a kill can tear the last line
-            break
-    return rows
+            row = json.loads(line)
+            step = int(row["step"])
+            rows[step] = rows.get(step, {}) | row | {"step": step}
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            bad += 1
+    if bad and damage is not None:
+        damage.append(f"{bad} of {len(lines)} lines of {run.metrics.name} cannot be read")
+    return [rows[step] for step in sorted(rows)]
 
 
 def restore_metrics(run: RunFolder, kept: Path | None, step: int) -> None:

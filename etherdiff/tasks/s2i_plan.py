@@ -7,8 +7,8 @@ from etherdiff.adapters.methods import METHODS, MethodOptions, resolve_options
 from etherdiff.config import S2IConfig
 from etherdiff.control.pairs import ControlDataset
 from etherdiff.families.bases import Base, find_base
-from etherdiff.runs.control import control_config, run_dataset
-from etherdiff.runs.folder import RunFolder, check_result
+from etherdiff.runs.control import open_control_run, run_dataset
+from etherdiff.runs.folder import RunFolder
 from etherdiff.system.errors import UserError
 from etherdiff.system.paths import data_root
 from etherdiff.tasks.planning import Problems, absolute, machine_problems, method_options, output_problems, try_adapter
@@ -83,10 +83,10 @@ def plan_s2i(config: S2IConfig, resuming: bool = False) -> S2IPlan:
 def refitting(config: S2IConfig) -> tuple[S2IConfig, RunFolder]:
     """The configuration with what it takes over from the run to re-fit, and that run. UserError where it cannot be."""
     assert config.refit is not None
-    run, other, _ = control_config(config.refit)
+    opened, other = open_control_run(config.refit)
+    run = opened.folder
     if not run.adapter.is_dir() or run.refitted_adapter.is_dir() or other.method == "full":
         raise UserError(f"refit: {run.path} has no adapter of layers whose magnitudes could be learned")
-    check_result(run, run.adapter)
     taken = ("base", "prediction_type", "method", "targets", "blocks", "rank", "encoder_init")
     return config.model_copy(update={name: getattr(other, name) for name in taken}), run
 

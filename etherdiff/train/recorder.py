@@ -91,9 +91,9 @@ class Recorder:
         self.accelerator.wait_for_everyone()
 
     def record_divergence(self, step: int) -> None:
-        """Log a step without a loss: by it `table` and `plot` know that the run diverged. A resumed run forgets it."""
+        """Log that the run diverged at a step, for `table` and `plot`. A resumed run forgets it."""
         if self.accelerator.is_main_process:
-            append_metrics(self.run, {"step": step, "loss": None})
+            append_metrics(self.run, {"step": step, "loss": None, "diverged": True})
 
     def catch_up(self, state: TrainingState) -> None:
         """Draw the samples of the step a run resumes at, if it was stopped while it drew them."""

@@ -3,13 +3,13 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from etherdiff.config import PerturbConfig, TrainConfig
-from etherdiff.runs.folder import SEAL, RunFolder, installed_versions, is_sealed, read_settings, restore_metrics
+from etherdiff.runs.folder import SEAL, RunFolder, installed_versions, is_sealed, restore_metrics
+from etherdiff.runs.run import Provenance, Run
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import remove_temporary, staged_folder, write_text
 from etherdiff.system.terminal import is_main_process, say, warn
@@ -17,31 +17,29 @@ from etherdiff.train.checkpoint import load_checkpoint, newest_checkpoint
 from etherdiff.train.loop import TrainingState
 
 
-def reopen(path: Path) -> tuple[RunFolder, TrainConfig, dict[str, Any]]:
-    """The settings of a stopped run, its folder mended and its number of threads in force. UserError where it cannot go on.
+def reopen(path: Path) -> tuple[Run, TrainConfig]:
+    """Open a stopped run and its configuration, mend its folder, set its number of threads. UserError where it cannot go on.
 
     Of several processes the first mends; the run folder has to be locked.
     """
-    run = RunFolder(path)
-    _refuse_links(run)
+    folder = RunFolder(path)
+    _refuse_links(folder)
     if is_main_process():
-        remove_temporary(run.path, also_of_live_processes=True)
-    copy = _whole_copy(run)
-    if copy is None:
-        _, config, provenance = read_settings(path)
-    else:
-        _, config, provenance = read_settings(path, copy)
-        warn(f"{run.settings} is not what the run wrote: put back from {copy.parent.name}")
+        remove_temporary(path, also_of_live_processes=True)
+    copy = _whole_copy(folder)
+    run = Run.open(path, copy)
+    if copy is not None:
+        warn(f"{folder.settings} is not what the run wrote: put back from {copy.parent.name}")
         if is_main_process():
-            write_text(run.settings, copy.read_text(encoding="utf-8"))
-    if isinstance(config, PerturbConfig):
+            write_text(folder.settings, copy.read_text(encoding="utf-8"))
+    if isinstance(run.config, PerturbConfig):
         raise UserError(f"{path} was made by etherdiff perturb, all at once: there is nothing to go on with")
-    threads = provenance.get("threads")
-    if isinstance(threads, int) and 0 < threads != torch.get_num_threads():
+    threads = run.provenance.threads
+    if threads is not None and 0 < threads != torch.get_num_threads():
         say(f"computing with {threads} threads, as this run did: sums differ with their number")
         torch.set_num_threads(threads)
-    _warn_of_versions(provenance)
-    return run, config, provenance
+    _warn_of_versions(run.provenance)
+    return run, run.config
 
 
 def _refuse_links(run: RunFolder) -> None:
@@ -64,23 +62,23 @@ def _whole_copy(run: RunFolder) -> Path | None:
     return None  # older than the seal
 
 
-def _warn_of_versions(provenance: dict[str, Any]) -> None:
-    recorded, now = provenance.get("versions", {}), installed_versions()
+def _warn_of_versions(provenance: Provenance) -> None:
+    recorded, now = provenance.versions, installed_versions()
     changed = [f"{name} {recorded[name]} (now {now[name]})" for name in now if recorded.get(name, now[name]) != now[name]]
     if changed:
         warn(f"this run began with {', '.join(changed)}: what follows may differ in the last bits from one never stopped")
 
 
-def check_machine(run: RunFolder, provenance: dict[str, Any], accelerator: Accelerator) -> None:
+def check_machine(run: Run, accelerator: Accelerator) -> None:
     """UserError unless there are as many processes as before, since a batch is theirs together; a warning of another device."""
-    began, now = provenance.get("processes", accelerator.num_processes), accelerator.num_processes
-    if began != now:
+    began, now = run.provenance.processes, accelerator.num_processes
+    if began is not None and began != now:
         raise UserError(
             f"{run.path} was begun by {began} processes and is resumed by {now}, which would change its batches. Use: "
             f"torchrun --nproc-per-node {began} -m etherdiff resume {run.path}"
         )
-    device = provenance.get("device", accelerator.device.type)
-    if device != accelerator.device.type:
+    device = run.provenance.device
+    if device is not None and device != accelerator.device.type:
         warn(f"this run began on {device} and goes on on {accelerator.device.type}: the last bits will differ")
 
 

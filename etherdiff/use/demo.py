@@ -9,10 +9,10 @@ from etherdiff.config import DreamBoothConfig
 from etherdiff.eval.evaluate import EvalOptions, evaluate
 from etherdiff.eval.metrics import HELD_OUT
 from etherdiff.eval.protocol import BASE_IMAGES, IMAGES, make_prompts
-from etherdiff.eval.results import eval_folder
 from etherdiff.families.sampling import sheet, slug
 from etherdiff.images.reading import contact_sheet, list_images, read_images
 from etherdiff.run import train_dreambooth
+from etherdiff.runs.folder import RunFolder
 from etherdiff.system.errors import UserError
 from etherdiff.system.terminal import say
 from etherdiff.tasks.subjects import prompts_for
@@ -82,8 +82,8 @@ def before_after(run: Path, photos: Path) -> Image.Image:
     prompts = make_prompts(prompts_for(noun, IDENTIFIER, tiny=True), IDENTIFIER, noun)
     rows = []
     for number in SHOWN:
-        before = eval_folder(run) / BASE_IMAGES / f"{number:03d}-{slug(prompts[number].plain)}"
-        after = eval_folder(run) / IMAGES / f"{number:03d}-{slug(prompts[number].text)}"
+        before = RunFolder(run).eval / BASE_IMAGES / f"{number:03d}-{slug(prompts[number].plain)}"
+        after = RunFolder(run).eval / IMAGES / f"{number:03d}-{slug(prompts[number].text)}"
         rows.append([*_enlarged(before), *_enlarged(after)])
     columns = [f"{who}, seed {seed}" for who in ("the base", METHOD) for seed in range(SEEDS)]
     below = sheet(rows, [prompts[number].text for number in SHOWN], columns)

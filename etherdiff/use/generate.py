@@ -8,10 +8,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from etherdiff.adapters.io import load_adapters
-from etherdiff.config import S2IConfig
 from etherdiff.families.bases import Base, Parts, find_base, load_base, make_pipeline
 from etherdiff.families.sampling import PAPER_SAMPLING, chunks, sample, save_images, sheet
-from etherdiff.runs.folder import check_result, read_settings
+from etherdiff.runs.run import Run
 from etherdiff.system.devices import device_problem, resolve_device
 from etherdiff.system.errors import UserError
 from etherdiff.system.terminal import say, track
@@ -66,14 +65,10 @@ class Source:
 
 def run_source(run: Path, parts: Parts = "weights") -> Source:
     """The base and the result of a run folder; `parts` of the base are fetched, if it comes from the hub."""
-    folder, config, _ = read_settings(run)
-    controlled = isinstance(config, S2IConfig)
-    for result in [*([] if config.method == "none" else [folder.adapter]), *([folder.control_encoder] if controlled else [])]:
-        if not result.is_dir():
-            raise UserError(f"{run} has no {result.name} yet: the run has not finished (etherdiff resume {run})")
-        check_result(folder, result)
-    base = find_base(config.base, config.prediction_type, parts)
-    return Source(base, folder.adapters, folder.control_encoder if controlled else None)
+    opened = Run.open(run)
+    opened.check_results()
+    base = find_base(opened.config.base, opened.config.prediction_type, parts)
+    return Source(base, opened.adapters, opened.folder.control_encoder if opened.is_controlled else None)
 
 
 def generate(source: Source, options: GenerateOptions) -> Path:

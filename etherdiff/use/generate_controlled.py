@@ -12,7 +12,7 @@ from etherdiff.control.signals import recorded_signal
 from etherdiff.families.bases import load_base
 from etherdiff.families.sampling import S2I_SAMPLING, chunks, sheet, slug
 from etherdiff.images.reading import save_png
-from etherdiff.runs.control import control_config, load_hint_encoder, make_s2i_pipeline
+from etherdiff.runs.control import load_hint_encoder, make_s2i_pipeline, open_control_run
 from etherdiff.system.devices import resolve_device
 from etherdiff.system.errors import UserError
 from etherdiff.system.terminal import say, track
@@ -39,9 +39,9 @@ def generate_controlled(run: Path, controls: Path, options: GenerateOptions, use
     controls: a control file of the run's signal, or a folder of them. UserError with everything that is wrong, before
     anything is loaded.
     """
-    folder, config, provenance = control_config(run)
+    opened, config = open_control_run(run)
     assert config.resolution is not None  # the plan filled it in
-    signal, files = recorded_signal(provenance.get("control", {})), control_files(controls)
+    signal, files = recorded_signal(opened.provenance.control), control_files(controls)
     resolution = options.resolution or config.resolution
     problems = options.problems() + [f"{path}: {problem}" for path in files for problem in signal.problems(path)]
     source = run_source(run)
@@ -51,7 +51,7 @@ def generate_controlled(run: Path, controls: Path, options: GenerateOptions, use
         raise UserError(problems)
     model = load_base(source.base)
     load_adapters(model.unet, [(adapter, options.scale) for adapter in source.adapters])
-    pipeline = make_s2i_pipeline(model, load_hint_encoder(folder))
+    pipeline = make_s2i_pipeline(model, load_hint_encoder(opened.folder))
     if options.offload:
         pipeline.enable_model_cpu_offload()
     else:

@@ -10,12 +10,13 @@ import torch
 from eval_toys import black, draw
 
 from etherdiff.eval.backbones import find_backbones
-from etherdiff.eval.combine import combine_subjects, differences
+from etherdiff.eval.combine import combine_subjects
 from etherdiff.eval.image_set import PromptImages, Scoring
 from etherdiff.eval.lpips_distance import lpips_distances
 from etherdiff.eval.metrics import METRICS, PROMPT_METRICS
 from etherdiff.eval.scores import score_images
 from etherdiff.images.reading import read_image
+from etherdiff.runs.identity import differences
 from etherdiff.system.errors import UserError
 
 SCORES = {"dino", "clip_i", "clip_t", "lpips_to_real", "lpips_diversity"}

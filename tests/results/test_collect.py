@@ -87,14 +87,25 @@ def test_what_a_sweep_says_of_its_failures_is_told(tmp_path):
 def test_a_diverged_run_is_known_as_one(tmp_path):
     sweep = tmp_path / "sweep"
     write_run(sweep / "runs/good", SCORES)
-    write_run(sweep / "runs/stopped")
-    write_state(sweep, "stopped", "error: the loss or its gradient is NaN or infinite at step 3; the weights are as they were")
-    write_curve(write_run(sweep / "runs/skipped"), [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}])
+    write_curve(write_run(sweep / "runs/stopped"), [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None, "diverged": True}])
+    write_state(sweep, "stopped", "error: the loss or its gradient is NaN or infinite at step 2; the weights are as they were")
+    write_curve(write_run(sweep / "runs/of-0.1"), [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}])
     write_curve(write_run(sweep / "runs/recovered", SCORES), [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}])
     found = collect([sweep])
-    assert {one.name for one in found.left_out if one.diverged} == {"stopped", "skipped"}
+    assert {one.name for one in found.left_out if one.diverged} == {"stopped", "of-0.1"}
     assert {run.name for run in found.runs} == {"good", "recovered"}
     assert all(one.run is not None for one in found.left_out)
+
+
+def test_a_run_that_skipped_a_step_and_died_of_something_else_did_not_diverge(tmp_path):
+    write_run(tmp_path / "runs/good", SCORES)
+    run = write_run(tmp_path / "runs/full-disk")
+    rate = {"learning_rate": 1e-3}
+    write_curve(run, [{"step": 1, "loss": 0.5} | rate, {"step": 2, "loss": None} | rate])
+    log = "warning: step 2 was skipped: its loss or gradient is NaN or infinite\nerror: the disk is full"
+    write_state(tmp_path, "full-disk", log)
+    (one,) = collect([tmp_path]).left_out
+    assert (one.why, one.diverged) == ("it failed: the disk is full", False)
 
 
 def test_scores_are_not_asked_for_where_none_are_shown(tmp_path):

@@ -18,8 +18,9 @@ from etherdiff.config import DreamBoothConfig
 from etherdiff.families.bases import find_base, load_base
 from etherdiff.results import facts
 from etherdiff.results.facts import FACTS, fact
-from etherdiff.results.runs import Run, collect
+from etherdiff.results.runs import collect
 from etherdiff.runs.folder import write_manifest
+from etherdiff.runs.run import Provenance, Run
 from etherdiff.system.errors import UserError
 from etherdiff.use.inspection import inspect_base
 
@@ -103,7 +104,7 @@ def test_likeness_and_agreement_with_the_prompt_make_one_number(tmp_path):
     assert fact(run, "dino_clip_t") == pytest.approx(0.45)  # 0.9 * 0.5
     assert fact(run, "dino_held_out_clip_t") == pytest.approx(0.4)  # 0.8 * 0.5
     with pytest.raises(UserError, match="no dino and no clip_t"):
-        fact(read(tmp_path / "run"), "dino_clip_t")  # read without its scores
+        fact(read(write_run(tmp_path / "unscored")), "dino_clip_t")
 
 
 def test_seconds_per_step_are_those_of_a_steps_images(tmp_path):
@@ -127,7 +128,7 @@ def test_re_fitted_magnitudes_are_on_top_of_what_they_re_fit(tmp_path, runs, mon
                 parameter.mul_(1.3)
     save_adapter(magnitudes, run / "adapter")
     read_run = read(run)
-    read_run = replace(read_run, provenance={"base": {"name": "tiny"}})
+    read_run = replace(read_run, provenance=Provenance(task="dreambooth"))
     assert fact(read_run, "weight_distance") == pytest.approx(mean_move(refitted, run / "adapter"), rel=1e-5)
     assert fact(read_run, "transformation_distance") is None
     assert fact(read_run, "trainable_parameters") == fact(runs["oft"], "trainable_parameters") + count(magnitudes)
@@ -188,6 +189,6 @@ def test_why_a_number_is_not_known(tmp_path, runs):
     moved = replace(runs["lora"], config=DreamBoothConfig(base=str(tmp_path / "gone"), subject="ball", method="lora"))
     with pytest.raises(UserError, match="its base is no longer where the run found it"):
         FACTS["weight_distance"].of(moved)
-    other = replace(runs["lora"], provenance={"base": {"fingerprint": {"unet": "another"}}})
+    other = replace(runs["lora"], provenance=Provenance(task="dreambooth", base={"fingerprint": {"unet": "another"}}))
     with pytest.raises(UserError, match="its base holds other weights now"):
         FACTS["weight_distance"].of(other)

@@ -27,7 +27,8 @@ def sweep(tmp_path):
                 options = {"method": method, "learning_rate": rate, "seed": seed}
                 options |= {"blocks": None} if method == "full" else {}
                 if method == "full" and number == 2:
-                    write_run(tmp_path / "runs" / name, None, **options)
+                    lost = write_run(tmp_path / "runs" / name, None, **options)
+                    write_curve(lost, [{"step": 1, "loss": None, "diverged": True}])
                     write_state(tmp_path, name, "error: the loss or its gradient is NaN or infinite at step 1")
                     continue
                 run = write_run(tmp_path / "runs" / name, {"dino": 0.4 + 0.1 * number + 0.02 * seed, "clip_t": 0.25}, **options)

@@ -6,7 +6,7 @@ from scipy import stats
 from synthetic_runs import change_result, write_run
 
 from etherdiff.eval.combine import combine_subjects
-from etherdiff.results.pooling import pool_numbers, pool_scores, t_interval
+from etherdiff.results.pooling import pool_numbers, pool_scores, scored, t_interval
 from etherdiff.results.runs import collect
 
 SUBJECTS = ("ball", "box", "cup", "star", "lamp", "hat")
@@ -16,7 +16,7 @@ def runs_of(folder, means, **settings):
     """(subject, seed) -> mean of dino."""
     for (subject, seed), mean in means.items():
         write_run(folder / f"{subject}-{seed}", {"dino": mean}, subject=subject, seed=seed, **settings)
-    return collect([folder]).runs
+    return scored(collect([folder]).runs)
 
 
 def test_one_run_has_its_own_interval(tmp_path):
@@ -42,7 +42,7 @@ def test_the_t_interval_by_hand():
 def test_subjects_are_pooled_as_the_table_over_subjects_is(tmp_path):
     means = dict(zip(SUBJECTS, (0.5, 0.55, 0.6, 0.62, 0.64, 0.7), strict=True))
     runs = runs_of(tmp_path, {(subject, 0): mean for subject, mean in means.items()})
-    expected = combine_subjects({run.subject: run.result for run in runs})["scores"]["dino"]
+    expected = combine_subjects({subject: result.model_dump() for _, subject, result in runs})["scores"]["dino"]
     cell = pool_scores(runs, "dino")
     assert (cell.mean, cell.low, cell.high) == pytest.approx((expected["mean"], expected["low"], expected["high"]))
     assert cell.mean == pytest.approx(np.mean(list(means.values())))
@@ -66,7 +66,7 @@ def test_with_few_subjects_their_prompts_are_drawn_again(tmp_path):
 def test_fid_is_not_averaged_over_subjects(tmp_path):
     runs = runs_of(tmp_path, {("ball", 0): 0.6, ("box", 0): 0.5})
     for run in runs:
-        run.result["scores"]["fid"] = run.result["scores"]["dino"]
+        run.result.scores["fid"] = run.result.scores["dino"]
     assert pool_scores(runs, "fid") is None
     assert pool_scores(runs[:1], "fid") is not None
 
@@ -74,7 +74,7 @@ def test_fid_is_not_averaged_over_subjects(tmp_path):
 def test_a_run_without_the_score_is_not_in_it(tmp_path):
     runs = runs_of(tmp_path, {("ball", 0): 0.6, ("ball", 1): 0.7})
     change_result(tmp_path / "ball-1", lambda result: result["scores"].pop("dino"))
-    cell = pool_scores(collect([tmp_path]).runs, "dino")
+    cell = pool_scores(scored(collect([tmp_path]).runs), "dino")
     assert (cell.mean, len(cell.values)) == (0.6, 1)
     assert pool_scores(runs, "clip_t") is None
 

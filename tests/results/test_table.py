@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -242,7 +243,8 @@ def rates(tmp_path):
         for place, value in enumerate(scores):
             rate = 10.0 ** (place - 4)
             write_run(tmp_path / f"runs/{method}-{place}", {"dino": value}, method=method, learning_rate=rate)
-    write_run(tmp_path / "runs/oft-2", None, method="oft", learning_rate=1e-2)
+    lost = write_run(tmp_path / "runs/oft-2", None, method="oft", learning_rate=1e-2)
+    write_curve(lost, [{"step": 7, "loss": None, "diverged": True}])
     write_state(tmp_path, "oft-2", "error: the loss or its gradient is NaN or infinite at step 7; the weights are")
     return tmp_path
 
@@ -273,7 +275,7 @@ def test_a_rate_at_which_one_run_of_several_diverged_is_not_held_for_good(rates)
 
 
 def test_where_the_grid_ends_the_width_is_a_lower_bound(rates):
-    (rates / "runs/oft-2/run.yaml").unlink()
+    shutil.rmtree(rates / "runs/oft-2")
     (rates / "states/oft-2.json").unlink()
     table = table_of(rates, columns=("dino",), best="learning_rate")
     assert row(table, "oft").plateau.open_high

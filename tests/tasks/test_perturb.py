@@ -14,7 +14,8 @@ from etherdiff.adapters.io import load_adapter
 from etherdiff.config import PerturbConfig
 from etherdiff.eval.evaluate import find_trained
 from etherdiff.families.bases import find_base, load_base
-from etherdiff.runs.folder import check_result, is_sealed, read_settings
+from etherdiff.runs.folder import check_result, is_sealed
+from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 from etherdiff.system.locks import run_lock
 from etherdiff.tasks.perturb import perturb, plan_perturbation
@@ -43,7 +44,8 @@ def test_it_makes_an_ordinary_run_folder(config, method, distance, blocks):
     expected = math.sqrt(blocks) * (2.0 if distance is None else distance)
     found = [drift.input_side for drift in drifts(path)]
     assert found == [pytest.approx(expected, rel=1e-5)] * 56  # layers of the tiny base's attention
-    run, settings, provenance = read_settings(path)
+    opened = Run.open(path)
+    run, settings, provenance = opened.folder, opened.config, opened.provenance.content()
     assert is_sealed(run.settings)
     assert provenance["task"] == "perturb"
     assert isinstance(settings, PerturbConfig)
@@ -94,7 +96,8 @@ def test_every_mistake_is_in_one_message(config, tmp_path):
 
 def test_there_is_nothing_but_the_last_of_it(config, tmp_path):
     path = perturb(config(method="ether"))
-    run, settings, _ = read_settings(path)
+    opened = Run.open(path)
+    run, settings = opened.folder, opened.config
     assert find_trained(run, settings, "last").step == 0
     for name in ("best", "step-1"):
         with pytest.raises(UserError, match="there is only its last"):

@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from etherdiff.eval.metrics import SUBJECT_METRICS
-from etherdiff.eval.results import read_result
 from etherdiff.images.reading import PADDING
+from etherdiff.runs.result import read_result
 from etherdiff.system.errors import UserError
 from etherdiff.system.terminal import console
 from etherdiff.use.demo import ENLARGED, SEEDS, SHOWN, run_demo
@@ -31,7 +31,7 @@ def test_all_that_it_names_is_there(tmp_path):
         assert image.width > 2 * SEEDS * cell
         assert image.height > (1 + len(SHOWN)) * cell
     assert "</html>" in report.read_text(encoding="utf-8")
-    assert set(SUBJECT_METRICS) <= set(read_result(report.parent)["scores"])
+    assert set(SUBJECT_METRICS) <= set(read_result(report.parent).scores)
     assert StableDiffusionPipeline.from_pretrained(merged).unet is not None
     assert all(key.startswith("lora_unet_") for key in load_file(lora))
     for command in ("train-dreambooth", "eval", "merge"):
