@@ -429,7 +429,7 @@ def test_a_real_image_that_cannot_be_read_is_named(run, pipeline, tmp_path):
 
 
 def test_what_is_no_controllable_run_is_refused(run, tmp_path):
-    assert "not a run of train-s2i" in refused(tmp_path, options())
+    assert "is not a run folder" in refused(tmp_path, options())
     text = (run / "run.yaml").read_text()
     (run / "run.yaml").write_text(text.replace("task: s2i", "task: dreambooth"))
     assert "not a run of train-s2i" in refused(run, options())

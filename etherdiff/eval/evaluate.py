@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from etherdiff.adapters.io import load_adapter, read_adapter
 from etherdiff.adapters.methods import add_adapter
-from etherdiff.config import DreamBoothConfig, PerturbConfig, RunConfig, S2IConfig, SubjectConfig, TrainConfig
+from etherdiff.config import DreamBoothConfig, PerturbConfig, RunConfig, SubjectConfig, TrainConfig
 from etherdiff.eval.backbones import PRESETS, ROLES, find_backbones
 from etherdiff.eval.fid import fid_problem
 from etherdiff.eval.image_set import PromptForm, Scoring
@@ -240,7 +240,7 @@ def plan_evaluation(path: Path, options: EvalOptions) -> Plan:
 def read_run(path: Path) -> tuple[RunFolder, DreamBoothConfig | PerturbConfig, dict[str, Any]]:
     """A subject-driven run. UserError where it is none."""
     run = Run.open(path)
-    if isinstance(run.config, S2IConfig):
+    if not isinstance(run.config, DreamBoothConfig | PerturbConfig):
         raise UserError(f"{path} is a run of train-s2i: it is judged by its controls, not by a subject")
     return run.folder, run.config, run.provenance.content()
 
