@@ -95,7 +95,7 @@ ITEMS = {
     "merge dreambooth: one file": "merged.safetensors",
     "merge refit: whole pipeline": "merged-refit/**/*.safetensors",
 }
-IGNORED = {"versions", "drawn", "not_scored", "paper"}  # versions; what drew the images; two tables of texts
+IGNORED = {"versions", "drawn", "dataset", "not_scored", "paper"}  # versions; what drew; a path; two tables of texts
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow", "torchmetrics")
 
 Leaf = torch.Tensor | str | float | None

@@ -93,7 +93,7 @@ def test_leaves_are_equal_only_bit_for_bit(old, new, size):
 
 
 def test_json_is_flattened_with_its_empty_parts():
-    value = {"a": [1, {"b": None}], "c": {}, "d": [], "versions": {"torch": "2"}, "paper": {"versions": 1}}
+    value = {"a": [1, {"b": None}], "c": {}, "d": [], "versions": {"torch": "2"}, "paper": {"x": 1}, "dataset": "maps"}
     assert dict(flatten(value)) == {"a.0": 1, "a.1.b": None, "c": "{}", "d": "[]"}
 
 
