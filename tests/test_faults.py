@@ -395,7 +395,7 @@ def test_nan_is_skipped_as_told_and_says_so(tmp_path, monkeypatch):
 
 
 def test_skipping_for_ever_is_no_way_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop_module, "HOPELESS", 3)
+    monkeypatch.setattr(loop_module, "MAX_SKIPPED_IN_A_ROW", 3)
     monkeypatch.setattr(loop_module, "isfinite", lambda _: False)
     with pytest.raises(NotFiniteError, match=r"for 3 steps.*skipping does not help"):
         train_dreambooth(small_config(tmp_path / "run", on_nan="skip"))

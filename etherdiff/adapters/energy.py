@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-MOST_NEURONS = 1024
+MAX_NEURONS = 1024
 """Neurons of a layer that `energy_differences` looks at, unless told otherwise: the work grows with their square."""
 NEAREST = 1e-6
 """Neurons nearer than this count as so far apart: below it float64's rounding in ŵ_i · ŵ_j shows."""
@@ -41,7 +41,7 @@ def energy_differences(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     half_space: bool = False,
-    neurons: int | None = MOST_NEURONS,
+    neurons: int | None = MAX_NEURONS,
     seed: int = 0,
 ) -> dict[str, float]:
     """|HE(W') − HE(W)| / HE(W) of every weight matrix and kernel (not of biases and norms, nor where HE(W) is 0).
@@ -63,7 +63,7 @@ def energy_difference(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     half_space: bool = False,
-    neurons: int | None = MOST_NEURONS,
+    neurons: int | None = MAX_NEURONS,
     seed: int = 0,
 ) -> float:
     """The mean of `energy_differences` over the layers; ValueError where there is none to look at."""

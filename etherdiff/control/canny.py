@@ -17,7 +17,7 @@ from etherdiff.system.files import staged_file
 LOW, HIGH = 100.0, 200.0
 """Hysteresis thresholds on the gradient's magnitude: an edge starts above the higher and goes on above the lower."""
 _WHITE = 128
-_MOST_GREY = 0.25  # of the pixels: what scaling and JPEG leave around lines is less
+_MAX_GREY = 0.25  # of the pixels: what scaling and JPEG leave around lines is less
 
 
 def edges(image: NDArray[np.uint8], low: float = LOW, high: float = HIGH) -> NDArray[np.bool_]:
@@ -60,7 +60,7 @@ class Canny(Signal):
         except UserError as error:
             return error.problems
         between, white = float(((grey > 32) & (grey < 223)).mean()), float((grey >= _WHITE).mean())
-        if between > _MOST_GREY:
+        if between > _MAX_GREY:
             return [f"not an edge map: {between:.0%} of its pixels are grey"]
         return [f"not white lines on black: {white:.0%} of it is white"] if white > 0.5 else []
 

@@ -13,7 +13,7 @@ from etherdiff.system.paths import cache_dir
 from etherdiff.system.terminal import track
 
 BLIP = "Salesforce/blip-image-captioning-base"
-MOST_NEW_TOKENS = 40
+MAX_NEW_TOKENS = 40
 BATCH = 8
 IMAGE_KEYS = ("image", "file_name", "target")
 CONTROL_KEYS = ("control", "conditioning_image", "conditioning", "source")
@@ -176,7 +176,7 @@ def _load(model: str, device: str) -> Callable[[list[Path]], list[str]]:
             raise UserError(str(error)) from error
         pixels = processor(images=images, return_tensors="pt").to(place)
         with torch.inference_mode():
-            tokens = blip.generate(**pixels, max_new_tokens=MOST_NEW_TOKENS, num_beams=3, do_sample=False)
+            tokens = blip.generate(**pixels, max_new_tokens=MAX_NEW_TOKENS, num_beams=3, do_sample=False)
         return [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
 
     return describe

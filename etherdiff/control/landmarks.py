@@ -32,7 +32,7 @@ GROUPS_68 = (
     (60, 68, True),  # lips, outer and inner
 )
 """iBUG's 68 points: from, to, and whether the line closes."""
-_LARGEST_FRACTION = 2.0  # points may lie outside the image; in pixels, no face is that small
+_MAX_FRACTION = 2.0  # points may lie outside the image; in pixels, no face is that small
 
 FloatArray = NDArray[np.float64]
 
@@ -183,7 +183,7 @@ def _read(control: Path) -> tuple[FloatArray, tuple[int, int] | None]:
 
 
 def _are_fractions(points: FloatArray) -> bool:
-    return bool(np.abs(points).max() <= _LARGEST_FRACTION)
+    return bool(np.abs(points).max() <= _MAX_FRACTION)
 
 
 def _assumed_size(control: Path, points: FloatArray) -> tuple[int, int]:

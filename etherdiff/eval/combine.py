@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from etherdiff.eval.intervals import DRAWS, FEWEST_PROMPTS, bootstrap_mean
+from etherdiff.eval.intervals import DRAWS, MIN_PROMPTS, bootstrap_mean
 from etherdiff.eval.metrics import HELD_OUT, METRICS
 from etherdiff.eval.scorer import interval_fields
 from etherdiff.runs.identity import SUBJECTS_OWN, differences
@@ -14,7 +14,7 @@ from etherdiff.system.files import digest
 def combine_subjects(results: Mapping[str, dict[str, Any]], seed: int = 0, draws: int = DRAWS) -> dict[str, Any]:
     """One table over subjects: means over the pairs of all of them, as the paper's scripts pool them.
 
-    Intervals draw subjects again; below `FEWEST_PROMPTS` subjects, the prompts of all of them, and then speak of these
+    Intervals draw subjects again; below `MIN_PROMPTS` subjects, the prompts of all of them, and then speak of these
     subjects only. FID is not pooled: it is no mean.
 
     Returns:
@@ -62,7 +62,7 @@ def _pooled(name: str, results: Mapping[str, dict[str, Any]], seed: int, draws: 
     pairs = sum(score["pairs"] for score in units)
     mean = sum(score["mean"] * score["pairs"] for score in units) / pairs
     identity = units[0]["identity"]
-    if len(units) < FEWEST_PROMPTS and METRICS[_base(name)].compares != "real x other real":
+    if len(units) < MIN_PROMPTS and METRICS[_base(name)].compares != "real x other real":
         scores = [prompt["scores"].get(name) for result in scored for prompt in result["per_prompt"]]
         units, unit = [score for score in scores if score], "prompts"
     interval = bootstrap_mean([s["mean"] * s["pairs"] for s in units], [s["pairs"] for s in units], seed, draws)

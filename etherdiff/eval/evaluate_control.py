@@ -52,7 +52,7 @@ CONTROLS = {
     UNCONTROLLED: "switched off",
 }
 """Set of images -> which control it is drawn with; part of what its scores mean."""
-MOST_MAPS = 2000
+MAX_MAPS = 2000
 """As many as the paper scores."""
 PAPER_S2I_SCOPE = "2000 validation maps of ADE20K, Stable Diffusion 1.5; which UperNet judged them is not told"
 SHEET_ROWS = 8
@@ -64,7 +64,7 @@ class ControlOptions:
     """How to judge a controllable run."""
 
     num_maps: int | None = None
-    """How many of the evaluation pairs, from the first; None: all, at most `MOST_MAPS`."""
+    """How many of the evaluation pairs, from the first; None: all, at most `MAX_MAPS`."""
     seed: int = 0
     """Of the first pair's image; the next ones count up."""
     steps: int = S2I_SAMPLING["steps"]
@@ -267,7 +267,7 @@ def choose_pairs(dataset: ControlDataset, options: ControlOptions) -> tuple[Pair
         raise UserError(f"{dataset.name} has no pairs to evaluate with: every one of them is trained on")
     if options.num_maps is not None and options.num_maps > there:
         raise UserError(f"num_maps: {dataset.name} has {there} pairs to evaluate with, not {options.num_maps}")
-    pairs = dataset.evaluation[: options.num_maps or MOST_MAPS]
+    pairs = dataset.evaluation[: options.num_maps or MAX_MAPS]
     if options.shuffle_maps and len(pairs) < 2:
         raise UserError("shuffle_maps: one map cannot be exchanged for another")
     return tuple(pairs)
@@ -421,7 +421,7 @@ def beside_the_paper(plan: Plan, scores: Mapping[str, Any]) -> dict[str, Any]:
     """The paper's numbers for the method as shares of 1, and for each why it must not stand beside ours."""
     row = PAPER_S2I.get(plan.judged.config.method, {})
     apart = [f"the paper's: {PAPER_S2I_SCOPE}"]
-    if plan.judged.dataset.name != "ade20k" or len(plan.pairs) != MOST_MAPS:
+    if plan.judged.dataset.name != "ade20k" or len(plan.pairs) != MAX_MAPS:
         apart.append(f"{len(plan.pairs)} maps of {plan.judged.dataset.name}")
     found = {
         name: {"value": row[name] if name == "fid" else row[name] / 100, "differs": apart} for name in scores if name in row

@@ -25,9 +25,9 @@ from etherdiff.system.errors import UserError
 from etherdiff.system.files import digest, file_hash, save_tensors
 from etherdiff.system.paths import cache_dir
 
-FEWEST_FOR_WORKERS = 48
+MIN_IMAGES_FOR_WORKERS = 48
 """Images from which starting decoding processes takes less than it saves."""
-MOST_WORKERS = 8
+MAX_WORKERS = 8
 BLACK = "black"
 
 
@@ -131,7 +131,7 @@ def compute_features(
         paths: image files; may repeat.
         roles: for each path, the roles (keys of `backbones`) that need it; "lpips" is not looked at.
         reference, groups: for "lpips": consecutive indices of `paths`, the reference before the groups; no group is empty.
-        workers: decoding processes; None: as many as there are cores, up to `MOST_WORKERS`, and none for few images.
+        workers: decoding processes; None: as many as there are cores, up to `MAX_WORKERS`, and none for few images.
     """
     found = Features(hash_images(paths))
     found.faults = {index: _why_unreadable(paths[index]) for index, sha in enumerate(found.shas) if sha is None}
@@ -160,7 +160,7 @@ def hash_images(paths: Sequence[Path]) -> list[str | None]:
         except OSError:
             return None
 
-    with ThreadPoolExecutor(min(MOST_WORKERS, _cores())) as pool:  # hashing lets go of the interpreter
+    with ThreadPoolExecutor(min(MAX_WORKERS, _cores())) as pool:  # hashing lets go of the interpreter
         return list(pool.map(hash_or_none, paths))
 
 
@@ -175,7 +175,7 @@ def encode_images(
     if not jobs:
         return
     if workers is None:
-        workers = min(_cores(), MOST_WORKERS) if len(jobs) >= FEWEST_FOR_WORKERS else 0
+        workers = min(_cores(), MAX_WORKERS) if len(jobs) >= MIN_IMAGES_FOR_WORKERS else 0
     preparing = {role: backbone.preprocessing for role, backbone in backbones.items()}
     loader = DataLoader(
         _Decoded(jobs, preparing), batch_size, num_workers=workers, collate_fn=_collate, pin_memory=torch.cuda.is_available()

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 FEW_FEATURES = 64
-FEWEST_FOR_MANY_FEATURES = 1000
+MIN_FOR_MANY_FEATURES = 1000
 """Images on each side from which more than `FEW_FEATURES` features mean something; the paper has 2000."""
 
 
@@ -35,10 +35,8 @@ def fid_problem(real: int, generated: int, features: int) -> str | None:
     """Why an FID of so many images would mislead, if it would: its bias falls with the number of images on both sides."""
     if real != generated:
         return f"{real} real and {generated} generated images, but FID needs the same number of both"
-    if features > FEW_FEATURES and real < FEWEST_FOR_MANY_FEATURES:
-        return (
-            f"{real} images are too few for {features} features: {FEWEST_FOR_MANY_FEATURES}, or at most {FEW_FEATURES} features"
-        )
+    if features > FEW_FEATURES and real < MIN_FOR_MANY_FEATURES:
+        return f"{real} images are too few for {features} features: {MIN_FOR_MANY_FEATURES}, or at most {FEW_FEATURES} features"
     if features <= FEW_FEATURES and real <= features:
         return f"{real} images are too few for {features} features: more images than features are needed"
     return None

@@ -20,9 +20,9 @@ from numpy.typing import ArrayLike, NDArray
 
 DRAWS = 2000
 LEVEL = 0.95
-FEWEST_PROMPTS = 5
+MIN_PROMPTS = 5
 """Below it prompts are too few to be drawn again, and images are."""
-FEWEST_IN_PAIRS = 3
+MIN_IN_PAIRS = 3
 """Two things make one pair, whose mean cannot vary."""
 _STREAM = 0x6576616C  # keeps these numbers apart from those of training with the same seed
 
@@ -86,9 +86,9 @@ def bootstrap_pairs(groups: Sequence[NDArray[np.float64]], seed: int = 0, draws:
         groups: symmetric (n, n) values of pairs.
 
     Returns:
-        As `bootstrap_mean`; None where no group has `FEWEST_IN_PAIRS` members.
+        As `bootstrap_mean`; None where no group has `MIN_IN_PAIRS` members.
     """
-    if max((len(group) for group in groups), default=0) < FEWEST_IN_PAIRS:
+    if max((len(group) for group in groups), default=0) < MIN_IN_PAIRS:
         return None
     rng, totals, counts = _rng(seed), np.zeros(draws), np.zeros(draws)
     for group in groups:

@@ -10,7 +10,7 @@ from etherdiff import __version__
 from etherdiff.eval.features import is_usable
 from etherdiff.eval.fid import Fid, fid_problem, frechet_distance, moments
 from etherdiff.eval.image_set import ImageSet, PromptForm, Scoring
-from etherdiff.eval.intervals import FEWEST_PROMPTS, LEVEL, Interval, bootstrap_mean, bootstrap_pairs, jackknife
+from etherdiff.eval.intervals import LEVEL, MIN_PROMPTS, Interval, bootstrap_mean, bootstrap_pairs, jackknife
 from etherdiff.eval.metrics import HELD_OUT, METRICS, MetricEntry
 from etherdiff.eval.network import ImageTextBackbone, versions_of
 from etherdiff.eval.pairs import cosine_pairs, cosine_rows, upper_pairs
@@ -171,7 +171,7 @@ class Scorer:
     def _interval(self, entry: MetricEntry, tables: Sequence[Tensor]) -> dict[str, Any]:
         seed, draws = self.scoring.seed, self.scoring.draws
         among = entry.compares == "images of one prompt"
-        if len(tables) >= FEWEST_PROMPTS:
+        if len(tables) >= MIN_PROMPTS:
             values = [upper_pairs(table) if among else table.flatten() for table in tables]
             found = bootstrap_mean([float(v.sum()) for v in values], [len(v) for v in values], seed, draws)
             return self._described(found, "prompts")

@@ -42,7 +42,7 @@ _WEBUI_FIELDS = {"Steps": "steps", "Sampler": "sampler", "CFG scale": "guidance_
 
 PADDING = 8
 """Pixels of white around every cell of a contact sheet."""
-SMALLEST_CELL = 128
+MIN_CELL = 128
 """Pixels: the side of a contact sheet's cell when its images are smaller than that."""
 _COLUMN_LABEL_LINES = 3
 
@@ -188,7 +188,7 @@ def contact_sheet(
     margin. The grid ends at the right and lower edge of the sheet.
 
     Args:
-        cell: the side of a cell in pixels; None: the longest side of the images, at least `SMALLEST_CELL`.
+        cell: the side of a cell in pixels; None: the longest side of the images, at least `MIN_CELL`.
 
     Raises:
         ValueError: no images, no columns, an empty cell, or labels that are not one per row / column.
@@ -199,7 +199,7 @@ def contact_sheet(
     for labels, count, kind in ((row_labels, rows, "row"), (column_labels, columns, "column")):
         if labels is not None and len(labels) != count:
             raise ValueError(f"{len(labels)} {kind} labels for {count} {kind}s")
-    cell = cell or max(SMALLEST_CELL, *(max(image.size) for image in images))
+    cell = cell or max(MIN_CELL, *(max(image.size) for image in images))
     font = ImageFont.load_default(max(12.0, cell / 14))
     row_texts = [_wrap(label, font, cell, _lines_in(cell, font)) for label in row_labels or []]
     column_texts = [_wrap(label, font, cell, _COLUMN_LABEL_LINES) for label in column_labels or []]
@@ -415,8 +415,8 @@ def _lines_in(height: int, font: _Font) -> int:
     return max(1, height // _line_height(font))
 
 
-def _wrap(text: str, font: _Font, width: int, most_lines: int) -> list[str]:
-    """`text` in lines no wider than `width` pixels, at most `most_lines`; what does not fit becomes an ellipsis."""
+def _wrap(text: str, font: _Font, width: int, max_lines: int) -> list[str]:
+    """`text` in lines no wider than `width` pixels, at most `max_lines`; what does not fit becomes an ellipsis."""
     lines = [""]
     for word in text.encode("utf-8", "replace").decode().split():
         longer = f"{lines[-1]} {word}".strip()
@@ -424,8 +424,8 @@ def _wrap(text: str, font: _Font, width: int, most_lines: int) -> list[str]:
             lines[-1] = longer
         else:
             lines.append(word)
-    if len(lines) > most_lines:
-        lines = [*lines[: most_lines - 1], f"{lines[most_lines - 1]} {lines[most_lines]}"]
+    if len(lines) > max_lines:
+        lines = [*lines[: max_lines - 1], f"{lines[max_lines - 1]} {lines[max_lines]}"]
     return [_shorten(line, font, width) for line in lines]
 
 

@@ -8,7 +8,7 @@ from etherdiff.report.contents import Contents
 from etherdiff.report.markup import Html, details, foreign, join, table, tag
 from etherdiff.report.numbers import counted, number, score
 
-MOST_POINTS = 240
+MAX_POINTS = 240
 """Points of a curve; more are averaged in groups."""
 NEIGHBOURS = 12
 """Points on either side that the smoothed loss averages."""
@@ -41,7 +41,7 @@ def points(rows: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
     return [(row["step"], value) for row in rows if (value := number(row.get(name))) is not None]
 
 
-def thinned(values: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
+def thinned(values: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
     """At most `most` points: each the mean of neighbours."""
     size = -(-len(values) // most) or 1
     groups = [values[start : start + size] for start in range(0, len(values), size)]

@@ -60,7 +60,7 @@ OTHER_MARKERS = ("o", "s", "^", "D", "v", "P", "<", "X", ">", "*")
 PANEL = (4.8, 3.5)
 """Inches."""
 LEGEND_ROW = 0.24
-MOST_ACROSS = 3
+MAX_ACROSS = 3
 ENTRIES_ACROSS = 3
 """Of the legend, below each panel."""
 MANY_POINTS = 25
@@ -92,7 +92,7 @@ def draw_figure(figure: Figure, output: Path, title: str | None = None) -> None:
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
-    across = 2 if len(figure.panels) == 4 else min(len(figure.panels), MOST_ACROSS)
+    across = 2 if len(figure.panels) == 4 else min(len(figure.panels), MAX_ACROSS)
     down = math.ceil(len(figure.panels) / across)
     styles = _styles([line.values for panel in figure.panels for line in panel.lines])
     entries = len(styles) + 2  # diverged runs, and the paper's

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from etherdiff.eval.combine import combine_subjects
-from etherdiff.eval.intervals import FEWEST_PROMPTS, LEVEL, Interval, bootstrap_mean
+from etherdiff.eval.intervals import LEVEL, MIN_PROMPTS, Interval, bootstrap_mean
 from etherdiff.eval.metrics import HELD_OUT, METRICS
 from etherdiff.runs.result import PromptScore, Score, SetScores
 from etherdiff.runs.run import Run
@@ -90,7 +90,7 @@ def pool_numbers(numbers: Mapping[str, tuple[str, float]]) -> Cell | None:
         return Cell(means[0], None, None, "", values)
     if len(means) == 1:
         return _over_seeds(list(values.values()), values)
-    drawn = bootstrap_mean(means, [1] * len(means)) if len(means) >= FEWEST_PROMPTS else None
+    drawn = bootstrap_mean(means, [1] * len(means)) if len(means) >= MIN_PROMPTS else None
     low, high = drawn or (None, None)
     return Cell(math.fsum(means) / len(means), low, high, _counted(len(means), "subjects", low), values)
 

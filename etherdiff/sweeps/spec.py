@@ -33,7 +33,7 @@ PREVIOUS = "{previous}"
 """In a value under `then`: the folder of the run before."""
 OWN_KEYS = ("output", "overwrite", "dry_run")
 """Configuration keys that the sweep sets itself."""
-MOST_RUNS = 10_000
+MAX_RUNS = 10_000
 
 
 class Resources(BaseModel):
@@ -160,8 +160,8 @@ def _misplaced(file: SweepFile) -> list[str]:
     if PREVIOUS in str(firsts):
         found.append(f"{PREVIOUS} stands for the folder of the run before: use it under then")
     runs = prod(map(len, file.grid.values())) * (len(file.runs) + len(later))
-    if runs > MOST_RUNS:
-        found.append(f"{runs:,} runs are asked for; a sweep has at most {MOST_RUNS:,}")
+    if runs > MAX_RUNS:
+        found.append(f"{runs:,} runs are asked for; a sweep has at most {MAX_RUNS:,}")
     return list(dict.fromkeys(found))
 
 

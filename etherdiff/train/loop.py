@@ -26,7 +26,7 @@ Loader = Callable[[int], list[Batch]]
 """This process's micro-batches of an optimizer step, `gradient_accumulation` of them, on the CPU."""
 OnStep = Callable[["TrainingState", float], None]
 """Called after each optimizer step with the mean loss of the whole batch over all processes; NaN: it was skipped."""
-HOPELESS = 100
+MAX_SKIPPED_IN_A_ROW = 100
 """Skipped steps in a row after which a run stops, whatever it was told."""
 
 
@@ -117,7 +117,7 @@ def fit(
     while state.step < config.steps and not stopping():
         loss = optimizer_step(state, loader(state.step), config, accelerator)
         skipped = 0 if isfinite(loss) else skipped + 1
-        if skipped and (config.on_nan == "stop" or skipped == HOPELESS):
+        if skipped and (config.on_nan == "stop" or skipped == MAX_SKIPPED_IN_A_ROW):
             raise NotFiniteError(_not_finite(state, config, skipped))
         advance(state, moved=not skipped)
         on_step(state, loss)

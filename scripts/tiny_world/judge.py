@@ -11,7 +11,7 @@ from etherdiff.tiny.colours import COLOURS, name_colours
 from etherdiff.tiny.things import Thing
 from etherdiff.tiny.world import CLASSES, GROUNDS, SKIES
 
-FEWEST_PIXELS = 20
+MIN_PIXELS = 20
 """A kind is there from this many pixels on (0.5% of the picture; the smallest things drawn have about 100)."""
 
 
@@ -36,7 +36,7 @@ def judge(
     """
     areas = Counter({CLASSES[index]: int(count) for index, count in enumerate(np.bincount(segmentation.ravel(), minlength=21))})
     kinds = sorted({thing.kind for thing in things})
-    present = tuple(areas[kind] >= FEWEST_PIXELS for kind in kinds)
+    present = tuple(areas[kind] >= MIN_PIXELS for kind in kinds)
     return Judgement(
         sky=max(SKIES, key=lambda name: areas[name]) == sky,
         ground=max(GROUNDS, key=lambda name: areas[name]) == ground,

@@ -90,7 +90,7 @@ def test_captions_are_what_transformers_says(tiny_blip, pictures, monkeypatch):
     wanted = []
     for path in pictures:
         pixels = processor(images=Image.open(path), return_tensors="pt")
-        tokens = model.generate(**pixels, max_new_tokens=captions.MOST_NEW_TOKENS, num_beams=3, do_sample=False)
+        tokens = model.generate(**pixels, max_new_tokens=captions.MAX_NEW_TOKENS, num_beams=3, do_sample=False)
         wanted.append(processor.decode(tokens[0], skip_special_tokens=True).strip())
     made = make_captions(pictures, "cpu", str(tiny_blip), batch_size=3)
     assert made == wanted

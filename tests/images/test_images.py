@@ -16,8 +16,8 @@ from PIL import Image, ImageCms, ImageFile
 
 from etherdiff.images.reading import (
     IMAGE_SUFFIXES,
+    MIN_CELL,
     PADDING,
-    SMALLEST_CELL,
     UnreadableImage,
     contact_sheet,
     from_array,
@@ -509,8 +509,8 @@ def test_images_keep_their_place_and_nothing_overlaps_them(data, count, columns,
 
 def test_small_images_are_shown_large_enough_and_all_in_one_size():
     sheet = contact_sheet([Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 32), "blue")], columns=2)
-    assert sheet.size == (2 * SMALLEST_CELL + 3 * PADDING, SMALLEST_CELL + 2 * PADDING)
-    second = np.asarray(sheet)[PADDING:-PADDING, 2 * PADDING + SMALLEST_CELL : -PADDING]
+    assert sheet.size == (2 * MIN_CELL + 3 * PADDING, MIN_CELL + 2 * PADDING)
+    second = np.asarray(sheet)[PADDING:-PADDING, 2 * PADDING + MIN_CELL : -PADDING]
     assert (second[32:96] == (0, 0, 255)).all()
     assert (second[:32] == 255).all()
     assert (second[96:] == 255).all()

@@ -11,7 +11,7 @@ from etherdiff.system.errors import UserError
 METADATA = "metadata.jsonl"
 TRAINING = ("train", "training")
 EVALUATION = ("validation", "val", "test")
-MOST_EVALUATED = 500
+MAX_EVALUATED = 500
 _SHARE = 20  # one in so many is evaluated
 
 
@@ -41,7 +41,7 @@ def read_imagefolder(root: Path) -> Listing:
 
 def split_by_name(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     """(training, evaluation): the rows whose names' hashes are last are evaluated, whatever the order of the lines."""
-    count = min(MOST_EVALUATED, max(1, len(rows) // _SHARE)) if len(rows) > 1 else 0
+    count = min(MAX_EVALUATED, max(1, len(rows) // _SHARE)) if len(rows) > 1 else 0
     last_first = sorted(rows, key=lambda row: hashlib.sha256(row.name.encode()).hexdigest(), reverse=True)
     kept = {row.name for row in last_first[:count]}
     return [row for row in rows if row.name not in kept], [row for row in rows if row.name in kept]
