@@ -150,7 +150,7 @@ def test_what_is_imported_is_a_default_dependency():
 
 
 TWICE = {
-    "Column", "ControlScoring", "EvalOptions", "GenerateOptions", "Job", "Plan", "Problems", "PromptImages", "Resources",
+    "Column", "ControlScoring", "EvalOptions", "GenerateOptions", "Job", "Judged", "Plan", "Problems", "PromptImages", "Resources",
     "Row", "Run", "Scoring", "Source", "SweepFile", "SweepOptions", "TableOptions", "Task",
 }  # fmt: skip
 """Class names that are still used in two modules; to become empty."""
