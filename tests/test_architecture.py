@@ -150,8 +150,8 @@ def test_what_is_imported_is_a_default_dependency():
 
 
 TWICE = {
-    "Column", "ControlScoring", "EvalOptions", "GenerateOptions", "Job", "Judged", "Plan", "Problems", "PromptImages", "Resources",
-    "Row", "Run", "Scoring", "Source", "SweepFile", "SweepOptions", "TableOptions", "Task",
+    "Column", "ControlScoring", "EvalOptions", "GenerateOptions", "Job", "Judged", "Plan", "Problems", "PromptImages",
+    "Resources", "Row", "Run", "Scoring", "Source", "SweepFile", "SweepOptions", "TableOptions", "Task",
 }  # fmt: skip
 """Class names that are still used in two modules; to become empty."""
 MAX_NOT_NONE_ASSERTS = 43
