@@ -17,7 +17,7 @@ from tiny_world.upernet import make_model
 from transformers import ResNetConfig, ResNetForImageClassification, SegformerImageProcessor
 
 from etherdiff import cli
-from etherdiff.config import S2IConfig
+from etherdiff.config import DreamBoothConfig, S2IConfig
 from etherdiff.control.canny import Canny
 from etherdiff.control.landmarks import Landmarks
 from etherdiff.control.pairs import ControlDataset, Pair
@@ -430,8 +430,7 @@ def test_a_real_image_that_cannot_be_read_is_named(run, pipeline, tmp_path):
 
 def test_what_is_no_controllable_run_is_refused(run, tmp_path):
     assert "is not a run folder" in refused(tmp_path, options())
-    text = (run / "run.yaml").read_text()
-    (run / "run.yaml").write_text(text.replace("task: s2i", "task: dreambooth"))
+    write_settings(RunFolder(run), "dreambooth", DreamBoothConfig(base="tiny", subject="ball"), {})
     assert "not a run of train-s2i" in refused(run, options())
 
 
