@@ -28,7 +28,7 @@ from etherdiff.eval.evaluate import by_role, drawing_problems, drawing_versions,
 from etherdiff.eval.intervals import interval_text
 from etherdiff.eval.metrics import CONTROL_METRICS, CONTROL_ROLES
 from etherdiff.eval.network import Backbone
-from etherdiff.eval.paper import PAPER_S2I
+from etherdiff.eval.paper import PAPER_S2I_SCOPE, paper_value
 from etherdiff.eval.protocol import ROUNDING, is_whole, read_sets, why_not_these, write_set
 from etherdiff.eval.readers import NotReadable, Reader, find_reader
 from etherdiff.eval.segmenter import SEGMENTERS
@@ -54,7 +54,6 @@ CONTROLS = {
 """Set of images -> which control it is drawn with; part of what its scores mean."""
 MAX_MAPS = 2000
 """As many as the paper scores."""
-PAPER_S2I_SCOPE = "2000 validation maps of ADE20K, Stable Diffusion 1.5; which UperNet judged them is not told"
 SHEET_ROWS = 8
 ROLES = (*CONTROL_ROLES, "fid")
 
@@ -419,14 +418,13 @@ def score_set(plan: Plan, name: str) -> dict[str, Any]:
 
 def beside_the_paper(plan: Plan, scores: Mapping[str, Any]) -> dict[str, Any]:
     """The paper's numbers for the method as shares of 1, and for each why it must not stand beside ours."""
-    row = PAPER_S2I.get(plan.judged.config.method, {})
+    method = plan.judged.run.method_label
     apart = [f"the paper's: {PAPER_S2I_SCOPE}"]
     if plan.judged.dataset.name != "ade20k" or len(plan.pairs) != MAX_MAPS:
         apart.append(f"{len(plan.pairs)} maps of {plan.judged.dataset.name}")
-    found = {
-        name: {"value": row[name] if name == "fid" else row[name] / 100, "differs": apart} for name in scores if name in row
-    }
-    return {"method": plan.judged.config.method, "scope": PAPER_S2I_SCOPE, "scores": found}
+    values = {name: paper_value(name, method) for name in scores}
+    found = {name: {"value": value, "differs": apart} for name, value in values.items() if value is not None}
+    return {"method": method, "scope": PAPER_S2I_SCOPE, "scores": found}
 
 
 # --- What a person reads ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from etherdiff.eval.metrics import METRICS
 from etherdiff.runs.identity import differences
 
 PAPER_SUBJECTS: dict[str, dict[str, float]] = {
@@ -17,15 +18,16 @@ PAPER_SUBJECTS: dict[str, dict[str, float]] = {
 """Method, or the row of real images -> score: means over 30 subjects, 25 prompts each, 4 images per prompt."""
 
 PAPER_S2I: dict[str, dict[str, float]] = {
-    "none": {"miou": 8.2, "accuracy": 38.0, "fid": 41.2},
-    "oft": {"miou": 24.5, "accuracy": 62.8, "fid": 31.1},
-    "oft+magnitude": {"miou": 24.6, "accuracy": 63.3, "fid": 30.8},
-    "naive": {"miou": 24.3, "accuracy": 62.9, "fid": 29.9},
-    "ether": {"miou": 24.6, "accuracy": 63.3, "fid": 32.0},
-    "ether+": {"miou": 27.3, "accuracy": 68.1, "fid": 31.0},
+    "none": {"miou": 0.082, "accuracy": 0.380, "fid": 41.2},
+    "oft": {"miou": 0.245, "accuracy": 0.628, "fid": 31.1},
+    "oft+magnitude": {"miou": 0.246, "accuracy": 0.633, "fid": 30.8},
+    "naive": {"miou": 0.243, "accuracy": 0.629, "fid": 29.9},
+    "ether": {"miou": 0.246, "accuracy": 0.633, "fid": 32.0},
+    "ether+": {"miou": 0.273, "accuracy": 0.681, "fid": 31.0},
 }
-"""Method (`none`: the hint encoder alone) -> score on 2000 validation maps of ADE20K; percent, except FID."""
+"""Method (`none`: the hint encoder alone) -> score on 2000 validation maps of ADE20K; shares, which the paper prints as percent."""
 
+PAPER_S2I_SCOPE = "2000 validation maps of ADE20K, Stable Diffusion 1.5; which UperNet judged them is not told"
 PAPER_SCOPE = "30 subjects, 25 prompts each, 4 images per prompt, Stable Diffusion 1.5"
 
 _CLIP: dict[str, Any] = {
@@ -48,11 +50,8 @@ _BACKBONES: dict[str, dict[str, Any]] = {
     "fid": {"name": "inception"},
 }
 """What the scripts behind the paper's numbers used; only what is here is compared."""
-_REAL_IMAGES = {
-    "dino_real_images": "dino",
-    "clip_i_real_images": "clip_i",
-    "lpips_real_images": "lpips_to_real",
-}
+_REAL_IMAGES = {entry.baseline: name for name, entry in METRICS.items() if entry.baseline}
+"""Score of real images among themselves -> the score whose baseline it is."""
 
 
 def paper_value(score: str, method: str) -> float | None:

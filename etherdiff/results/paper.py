@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from etherdiff.config import TrainConfig
-from etherdiff.eval.evaluate_control import PAPER_S2I_SCOPE
-from etherdiff.eval.paper import PAPER_SCOPE, paper_value
+from etherdiff.eval.metrics import METRICS
+from etherdiff.eval.paper import PAPER_S2I_SCOPE, PAPER_SCOPE, paper_value
 from etherdiff.runs.run import Run
-
-REAL_IMAGES = {"dino": "dino_real_images", "clip_i": "clip_i_real_images", "lpips_to_real": "lpips_real_images"}
 
 
 @dataclass(frozen=True)
@@ -27,14 +25,12 @@ def paper_of(runs: Sequence[Run], score: str) -> PaperValue | None:
     value = paper_value(score, *methods) if len(methods) == 1 else None
     if value is None:
         return None
-    if score in ("miou", "accuracy"):
-        value = round(value / 100, 4)  # 0.246, not 0.24600000000000002
     return PaperValue(value, tuple(dict.fromkeys(reason for run in runs for reason in _differs(run, score))))
 
 
 def paper_of_real_images(runs: Sequence[Run], score: str) -> PaperValue | None:
     """The same for the row of real images."""
-    baseline = REAL_IMAGES.get(score)
+    baseline = METRICS[score].baseline if score in METRICS else None
     value = None if baseline is None else paper_value(baseline, "")
     if baseline is None or value is None:
         return None
