@@ -25,7 +25,7 @@ PAPER_S2I: dict[str, dict[str, float]] = {
     "ether": {"miou": 0.246, "accuracy": 0.633, "fid": 32.0},
     "ether+": {"miou": 0.273, "accuracy": 0.681, "fid": 31.0},
 }
-"""Method (`none`: the hint encoder alone) -> score on 2000 validation maps of ADE20K; shares, which the paper prints as percent."""
+"""Method (`none`: the hint encoder alone) -> score on 2000 validation maps of ADE20K; shares where the paper has percent."""
 
 PAPER_S2I_SCOPE = "2000 validation maps of ADE20K, Stable Diffusion 1.5; which UperNet judged them is not told"
 PAPER_SCOPE = "30 subjects, 25 prompts each, 4 images per prompt, Stable Diffusion 1.5"
