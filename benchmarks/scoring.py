@@ -23,8 +23,7 @@ from PIL import Image
 from rich.console import Console
 from transformers import CLIPConfig, CLIPModel
 
-from etherdiff.eval.backbones import load_backbone
-from etherdiff.eval.network import Backbone
+from etherdiff.eval.networks import Backbone, load_backbone
 from etherdiff.eval.scores import PromptImages, Scoring, score_images
 
 REAL_IMAGES, PER_PROMPT = 5, 4

@@ -13,9 +13,9 @@ from small_runs import checkpoints, metrics, small_config
 from etherdiff.adapters.io import read_adapter
 from etherdiff.config import DreamBoothConfig, read_config
 from etherdiff.eval import best as module
-from etherdiff.eval.backbones import PRESETS
 from etherdiff.eval.best import combined, curve_prompts, read_best, say_best
 from etherdiff.eval.evaluate import find_trained
+from etherdiff.eval.networks import PRESETS
 from etherdiff.families.sampling import sample
 from etherdiff.images.reading import read_png_settings
 from etherdiff.run import resume, train_dreambooth

@@ -19,15 +19,15 @@ from transformers import ResNetConfig, ResNetForImageClassification, SegformerIm
 from etherdiff import cli
 from etherdiff.config import DreamBoothConfig, S2IConfig
 from etherdiff.control.canny import Canny
-from etherdiff.control.landmarks import Landmarks
+from etherdiff.control.landmarks import Landmarks, NoFaceError
 from etherdiff.control.pairs import ControlDataset, Pair
 from etherdiff.control.palettes import Palette
 from etherdiff.control.segmentation import Segmentation
 from etherdiff.eval import evaluate_control as module
-from etherdiff.eval import readers
+from etherdiff.eval import readback
 from etherdiff.eval.compare import as_markdown, cell, compare
 from etherdiff.eval.evaluate_control import ControlOptions, evaluate_control, render
-from etherdiff.eval.readers import Reader, ReadLandmarks, find_reader
+from etherdiff.eval.readback import ReadBack, ReadLandmarks, find_readback
 from etherdiff.images.reading import read_image, read_png_settings
 from etherdiff.runs.folder import RunFolder, write_settings
 from etherdiff.runs.run import Run
@@ -74,16 +74,13 @@ class FollowsControl:
         return SimpleNamespace(images=images)
 
 
-class NearestColour(Reader):
+class NearestColour(ReadBack):
     """A segmenter without a network, so that scores can be foreseen."""
 
-    role, unread = "segmenter", "bad_features"
+    role, unread, size = "segmenter", "bad_features", len(COLOURS)
 
     def identity(self):
         return {"name": "nearest colour"}
-
-    def arguments(self):
-        return (len(COLOURS),)
 
     def read(self, images, resolution):
         distances = [np.square(np.asarray(i)[:, :, None].astype(int) - np.array(COLOURS)).sum(-1) for i in images]
@@ -120,7 +117,7 @@ def pipeline(tmp_path, monkeypatch):
     """What the run draws with, over a dataset of `MAPS` pairs that are judged by their colours."""
     drawing, pairs = FollowsControl(), make_pairs(tmp_path / "data")
     monkeypatch.setattr(module, "load_control_run", loader(drawing, ControlDataset("stripes", SIGNAL, (), pairs)))
-    monkeypatch.setattr(module, "find_reader", lambda *_: NearestColour())
+    monkeypatch.setattr(module, "find_readback", lambda *_: NearestColour())
     return drawing
 
 
@@ -324,8 +321,8 @@ def test_with_a_network_of_the_tiny_world(run, tmp_path, monkeypatch):
 def test_edges_are_held_against_the_control(run, tmp_path, monkeypatch):
     """OpenCV need not be there: an edge is where the image is white."""
     white = lambda image, low, high: (np.asarray(image) > 127).all(-1)  # noqa: E731
-    monkeypatch.setattr(readers, "edges", white)
-    monkeypatch.setattr(readers, "_opencv", lambda: {"opencv": "none"})
+    monkeypatch.setattr(readback, "edges", white)
+    monkeypatch.setattr(readback, "_opencv", lambda: {"opencv": "none"})
     pairs = make_pairs(tmp_path / "data", 4)
     for pair in pairs:
         lines = np.zeros((SIDE, SIDE), np.uint8)
@@ -365,32 +362,32 @@ def test_landmarks_without_a_detector_are_not_scored_and_it_is_said_why(run, fac
 
 def test_landmarks_of_a_detector(run, faces, tmp_path, monkeypatch):
     (tmp_path / "face.task").write_bytes(b"model")
-    monkeypatch.setattr(readers.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(readback.importlib.util, "find_spec", lambda name: name)
     signal, seen = Landmarks(), []
 
     def detect(image, task_file):
         seen.append(image.size)
         if len(seen) == 2:
-            raise UserError("mediapipe finds no face in it")
+            raise NoFaceError("mediapipe finds no face in it")
         return signal.target(faces[len(seen) - 1].control, SIDE) + np.array((1.0, 0.0))
 
-    monkeypatch.setattr(readers, "detect", detect)
+    monkeypatch.setattr(readback, "detect", detect)
     result = evaluate_control(run, options(metrics=("landmarks_error",), backbones=(f"landmarks={tmp_path / 'face.task'}",)))
     one = result["scores"]["landmarks_error"]
     eyes = [np.linalg.norm(np.subtract(*signal.target(faces[n].control, SIDE)[[36, 45]])) for n in (0, 2, 3)]
     assert (one["mean"], one["n"]) == (pytest.approx(np.mean(1 / np.array(eyes))), 3)
     assert [entry["seed"] for entry in result["left_out"]["no_face"]] == [1]
-    monkeypatch.setattr(readers, "detect", lambda *_: np.ones((478, 2)))
+    monkeypatch.setattr(readback, "detect", lambda *_: np.ones((478, 2)))
     other = evaluate_control(run, options(metrics=("landmarks_error",), backbones=(f"landmarks={tmp_path / 'face.task'}",)))
     assert "68 points, but 478" in other["not_scored"]["landmarks_error"]
-    monkeypatch.setattr(readers, "detect", lambda *_: (_ for _ in ()).throw(UserError("mediapipe cannot work with it")))
+    monkeypatch.setattr(readback, "detect", lambda *_: (_ for _ in ()).throw(UserError("no face model: cannot work with it")))
     with pytest.raises(UserError, match="cannot work"):
         ReadLandmarks(tmp_path / "face.task").read([Image.new("RGB", (8, 8))], 8)
 
 
 def test_a_signal_that_nothing_reads_is_refused():
     with pytest.raises(UserError, match="nothing here reads depth"):
-        find_reader(SimpleNamespace(name="depth"), {}, "tiny", "cpu")
+        find_readback(SimpleNamespace(name="depth"), {}, "tiny", "cpu")
 
 
 # --- Refusals and the command line -----------------------------------------------------------------------------------

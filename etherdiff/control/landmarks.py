@@ -117,11 +117,16 @@ def find_task_file(named: Path | None = None) -> Path | None:
     return path.expanduser()
 
 
+class NoFaceError(UserError):
+    """There is no face in an image."""
+
+
 def detect(image: Image.Image, task_file: Path) -> FloatArray:
     """The landmarks of the first face in an RGB image, by mediapipe Tasks: (K, 2) in pixels.
 
     Raises:
-        UserError: mediapipe is not installed, cannot read the model, or finds no face.
+        UserError: mediapipe is not installed or cannot read the model.
+        NoFaceError: it finds no face.
     """
     try:
         import mediapipe
@@ -139,7 +144,7 @@ def detect(image: Image.Image, task_file: Path) -> FloatArray:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"mediapipe cannot work with {task_file} ({str(error).splitlines()[0]})") from error
     if not faces:
-        raise UserError("mediapipe finds no face in it")
+        raise NoFaceError("mediapipe finds no face in it")
     return np.array([(point.x * image.width, point.y * image.height) for point in faces[0]], np.float64)
 
 

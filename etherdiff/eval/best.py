@@ -18,11 +18,9 @@ from torch import nn
 
 from etherdiff.adapters.io import save_adapter
 from etherdiff.config import DreamBoothConfig
-from etherdiff.eval.backbones import PRESETS, find_backbones
-from etherdiff.eval.image_set import PromptImages, Scoring
-from etherdiff.eval.network import Backbone
+from etherdiff.eval.networks import PRESETS, Backbone, choose_preset, find_backbones
 from etherdiff.eval.protocol import EvalPrompt, make_prompts
-from etherdiff.eval.scores import score_images
+from etherdiff.eval.scores import PromptImages, Scoring, score_images
 from etherdiff.families.bases import StableDiffusion, encode_prompts, make_pipeline
 from etherdiff.families.sampling import PAPER_SAMPLING, sample, slug
 from etherdiff.images.reading import save_png
@@ -46,7 +44,7 @@ def find_networks(config: DreamBoothConfig) -> dict[str, Backbone] | None:
     Raises:
         UserError: switched on, but a network cannot be had.
     """
-    preset = "tiny" if config.base == "tiny" else "paper"
+    preset = choose_preset(config.base)
     if config.eval_scores == "off" or (config.eval_scores == "auto" and not _at_hand(preset)):
         return None
     return find_backbones(ROLES, preset, device=config.device)

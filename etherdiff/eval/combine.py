@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etherdiff.eval.intervals import DRAWS, MIN_PROMPTS, bootstrap_mean
-from etherdiff.eval.metrics import HELD_OUT, METRICS
-from etherdiff.eval.scorer import interval_fields
+from etherdiff.eval.metrics import metric_of
+from etherdiff.eval.scores import interval_fields
 from etherdiff.runs.identity import SUBJECTS_OWN, differences
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import digest
@@ -26,7 +26,7 @@ def combine_subjects(results: Mapping[str, dict[str, Any]], seed: int = 0, draws
     if not results:
         raise UserError("no subject has been scored")
     everything = dict.fromkeys(name for result in results.values() for name in result["scores"])
-    names = [name for name in everything if METRICS[_base(name)].compares != "sets"]
+    names = [name for name in everything if metric_of(name).compares != "sets"]
     problems = [problem for name in names for problem in _mixed_identities(name, results)]
     if problems:
         raise UserError(problems)
@@ -36,10 +36,6 @@ def combine_subjects(results: Mapping[str, dict[str, Any]], seed: int = 0, draws
         "left_out": {subject: result["left_out"] for subject, result in results.items()},
         "not_scored": {name: "a score of sets is not pooled over subjects" for name in everything if name not in names},
     }
-
-
-def _base(name: str) -> str:
-    return name.removesuffix(HELD_OUT)
 
 
 def _with(name: str, results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -62,7 +58,7 @@ def _pooled(name: str, results: Mapping[str, dict[str, Any]], seed: int, draws: 
     pairs = sum(score["pairs"] for score in units)
     mean = sum(score["mean"] * score["pairs"] for score in units) / pairs
     identity = units[0]["identity"]
-    if len(units) < MIN_PROMPTS and METRICS[_base(name)].compares != "real x other real":
+    if len(units) < MIN_PROMPTS and metric_of(name).compares != "real x other real":
         scores = [prompt["scores"].get(name) for result in scored for prompt in result["per_prompt"]]
         units, unit = [score for score in scores if score], "prompts"
     interval = bootstrap_mean([s["mean"] * s["pairs"] for s in units], [s["pairs"] for s in units], seed, draws)

@@ -20,12 +20,10 @@ from safetensors.torch import load_file
 from etherdiff.adapters.io import load_adapter, read_adapter
 from etherdiff.adapters.methods import add_adapter
 from etherdiff.config import DreamBoothConfig, PerturbConfig, RunConfig, SubjectConfig, TrainConfig
-from etherdiff.eval.backbones import PRESETS, ROLES, find_backbones
-from etherdiff.eval.fid import fid_problem
-from etherdiff.eval.image_set import PromptForm, Scoring
+from etherdiff.eval.functional import fid_problem
 from etherdiff.eval.intervals import interval_text
 from etherdiff.eval.metrics import HELD_OUT, METRICS, PROMPT_METRICS, SUBJECT_METRICS
-from etherdiff.eval.network import Backbone, versions_of
+from etherdiff.eval.networks import PRESETS, ROLES, Backbone, choose_preset, find_backbones, versions_of
 from etherdiff.eval.paper import PAPER_SCOPE, differs_from_paper, paper_value
 from etherdiff.eval.protocol import (
     BASE_IMAGES,
@@ -41,7 +39,7 @@ from etherdiff.eval.protocol import (
     why_not_these,
     write_set,
 )
-from etherdiff.eval.scores import score_images
+from etherdiff.eval.scores import PromptForm, Scoring, score_images
 from etherdiff.families.bases import Base, find_base, fingerprint, load_base, make_pipeline
 from etherdiff.images.reading import read_images
 from etherdiff.report.reporting import show_report
@@ -208,7 +206,7 @@ def plan_evaluation(path: Path, options: EvalOptions) -> Plan:
         problems.attempt(lambda: refuse_other_images(run, config, provenance, subject))
     scoring = Scoring(
         metrics=options.metrics,
-        preset=options.preset or ("tiny" if config.base == "tiny" else "paper"),
+        preset=choose_preset(config.base, options.preset),
         backbones=options.named_backbones,
         clip_t_prompt=options.clip_t_prompt,
         device=options.device,

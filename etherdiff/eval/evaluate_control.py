@@ -22,16 +22,14 @@ from rich.table import Table
 
 from etherdiff.config import S2IConfig
 from etherdiff.control.pairs import ControlDataset, Pair
-from etherdiff.eval.backbones import find_backbones
 from etherdiff.eval.control_scores import ControlledImage, ControlScoring, score_controlled
 from etherdiff.eval.evaluate import by_role, drawing_problems, drawing_versions, enough_memory, network_problems, notes, timed
 from etherdiff.eval.intervals import interval_text
 from etherdiff.eval.metrics import CONTROL_METRICS, CONTROL_ROLES
-from etherdiff.eval.network import Backbone
+from etherdiff.eval.networks import PRESETS, Backbone, choose_preset, find_backbones
 from etherdiff.eval.paper import PAPER_S2I_SCOPE, paper_value
 from etherdiff.eval.protocol import ROUNDING, is_whole, read_sets, why_not_these, write_set
-from etherdiff.eval.readers import NotReadable, Reader, find_reader
-from etherdiff.eval.segmenter import SEGMENTERS
+from etherdiff.eval.readback import NotReadable, ReadBack, find_readback
 from etherdiff.families.sampling import S2I_SAMPLING, chunks, sheet, slug
 from etherdiff.images.reading import UnreadableImage, read_image, resize_and_crop, save_png
 from etherdiff.report.reporting import show_report
@@ -75,7 +73,7 @@ class ControlOptions:
     metrics: tuple[str, ...] | None = None
     """None: all of `CONTROL_METRICS` for the run's signal."""
     preset: str | None = None
-    """Networks to score by, of `SEGMENTERS`; None: tiny for the tiny base, else paper."""
+    """Networks to score by, of `PRESETS`; None: tiny for the tiny base, else paper."""
     backbones: tuple[str, ...] = ()
     """ROLE=NAME, each: another network than the preset's, for segmenter or fid; landmarks=FILE.task."""
     shuffle_maps: bool = False
@@ -90,7 +88,7 @@ class ControlOptions:
         """Everything wrong with the options by themselves, one sentence each."""
         counts = {"num_maps": self.num_maps, "steps": self.steps, "batch_size": self.batch_size}
         found = drawing_problems(counts, self.seed, self.device)
-        return found + network_problems(self.preset, SEGMENTERS, self.backbones, ROLES)
+        return found + network_problems(self.preset, PRESETS, self.backbones, ROLES)
 
     @property
     def named_backbones(self) -> dict[str, str]:
@@ -237,7 +235,7 @@ def plan_evaluation(path: Path, options: ControlOptions) -> Plan:
     pairs = problems.attempt(lambda: choose_pairs(judged.dataset, options))
     if pairs is not None:
         problems.found += [f"{pair.control}: {found}" for pair in pairs for found in signal.problems(pair.control)][:20]
-    preset = options.preset or ("tiny" if judged.config.base == "tiny" else "paper")
+    preset = choose_preset(judged.config.base, options.preset)
     named = {role: name for role, name in options.named_backbones.items() if role == "fid"}
     backbones: dict[str, Backbone] | None = {}
     if "fid" in metrics:
@@ -245,7 +243,7 @@ def plan_evaluation(path: Path, options: ControlOptions) -> Plan:
     reader, why = None, ""
     if set(metrics) - {"fid"}:
         try:
-            reader = problems.attempt(lambda: _find_reader(judged, options, preset))
+            reader = problems.attempt(lambda: _find_readback(judged, options, preset))
         except NotReadable as reason:
             why = str(reason)
     problems.raise_if_any()
@@ -255,8 +253,8 @@ def plan_evaluation(path: Path, options: ControlOptions) -> Plan:
     return Plan(judged, options, pairs, scoring)
 
 
-def _find_reader(judged: Judged, options: ControlOptions, preset: str) -> Reader:
-    return find_reader(judged.dataset.signal, options.named_backbones, preset, resolve_device(options.device))
+def _find_readback(judged: Judged, options: ControlOptions, preset: str) -> ReadBack:
+    return find_readback(judged.dataset.signal, options.named_backbones, preset, resolve_device(options.device))
 
 
 def choose_pairs(dataset: ControlDataset, options: ControlOptions) -> tuple[Pair, ...]:

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from etherdiff.eval.lpips_distance import lpips_distances
-from etherdiff.eval.network import Backbone, Pixels
+from etherdiff.eval.functional import lpips_distances
+from etherdiff.eval.networks import Backbone, Pixels
 from etherdiff.eval.preprocessing import Preprocessing
 from etherdiff.images.reading import UnreadableImage, read_image
 from etherdiff.system.errors import UserError

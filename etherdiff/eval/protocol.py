@@ -18,7 +18,7 @@ from typing import Any
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from etherdiff.eval.image_set import PromptImages
+from etherdiff.eval.scores import PromptImages
 from etherdiff.families.sampling import PAPER_SAMPLING, chunks, sample, slug
 from etherdiff.images.reading import save_png
 from etherdiff.runs.identity import named_differences

@@ -11,20 +11,7 @@ from etherdiff.report.contents import Contents, mapping, sequence
 from etherdiff.report.markup import Html, details, foreign, join, table, tag
 from etherdiff.report.numbers import counted, number, score
 
-NAMES = {
-    "dino": "DINO",
-    "clip_i": "CLIP-I",
-    "clip_t": "CLIP-T",
-    "lpips_to_real": "LPIPS to the real images",
-    "lpips_diversity": "LPIPS diversity",
-    "fid": "FID",
-    "miou": "mIoU",
-    "accuracy": "Pixel accuracy",
-    "mean_accuracy": "Mean accuracy of classes",
-    "edges_f1": "F1 of edges",
-    "edges_f1_within_1": "F1 of edges, one pixel off being near enough",
-    "landmarks_error": "Normalised error of landmarks",
-}
+NAMES = {name: metric.title for name, metric in METRICS.items() if metric.compares != "real x other real"}
 REASONS = {
     "black": "black images, as a safety checker leaves them",
     "unreadable": "unreadable images",

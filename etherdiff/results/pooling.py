@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from etherdiff.eval.combine import combine_subjects
 from etherdiff.eval.intervals import LEVEL, MIN_PROMPTS, Interval, bootstrap_mean
-from etherdiff.eval.metrics import HELD_OUT, METRICS
+from etherdiff.eval.metrics import metric_of
 from etherdiff.runs.result import PromptScore, Score, SetScores
 from etherdiff.runs.run import Run
 
@@ -65,7 +65,7 @@ def pool_scores(everything: Sequence[Scored], name: str) -> Cell | None:
         return _own_cell(first.scores[name], values)
     if len(of_subjects) == 1:
         return _over_seeds(list(values.values()), values)
-    if METRICS[name.removesuffix(HELD_OUT)].compares == "sets":
+    if metric_of(name).compares == "sets":
         return None
     results = {subject: _averaged(of, name, first.scores[name].identity) for subject, of in of_subjects.items()}
     pooled = combine_subjects(results)["scores"][name]

@@ -7,13 +7,13 @@ from typing import Any
 
 from etherdiff.config import DreamBoothConfig, PerturbConfig, RunConfig, S2IConfig
 from etherdiff.control.pairs import ControlDataset
-from etherdiff.eval.backbones import find_backbones
 from etherdiff.eval.evaluate import EvalOptions, prompt_texts
 from etherdiff.eval.evaluate_control import ControlOptions, choose_pairs
-from etherdiff.eval.fid import fid_problem
-from etherdiff.eval.image_set import Scoring as SubjectScores
+from etherdiff.eval.functional import fid_problem
 from etherdiff.eval.metrics import CONTROL_METRICS
-from etherdiff.eval.readers import NotReadable, find_reader
+from etherdiff.eval.networks import choose_preset, find_backbones
+from etherdiff.eval.readback import NotReadable, find_readback
+from etherdiff.eval.scores import Scoring as SubjectScores
 from etherdiff.sweeps.scoring import ControlScoring, Scoring, SubjectScoring
 from etherdiff.system.devices import resolve_device
 from etherdiff.system.errors import UserError
@@ -51,7 +51,7 @@ class ScoringCheck:
         drawn = len(texts) * options.num
         if "fid" in options.metrics and isinstance(config, DreamBoothConfig) and len(plan.images) != drawn:
             found.append(f"fid: {fid_problem(len(plan.images), drawn, 0)}")
-        preset = options.preset or ("tiny" if config.base == "tiny" else "paper")
+        preset = choose_preset(config.base, options.preset)
         roles = SubjectScores(metrics=options.metrics).roles
         return found + self._once(preset, lambda: find_backbones(roles, preset, options.named_backbones, options.device))
 
@@ -67,14 +67,14 @@ class ScoringCheck:
         if not metrics:
             found.append(f"metrics: none is asked for; there are {', '.join(there)}")
         found += _problems(lambda: choose_pairs(dataset, options))
-        preset = options.preset or ("tiny" if config.base == "tiny" else "paper")
+        preset = choose_preset(config.base, options.preset)
 
         def find_networks() -> None:
             named = options.named_backbones
             if "fid" in metrics:
                 find_backbones(["fid"], preset, {role: name for role, name in named.items() if role == "fid"}, options.device)
             if set(metrics) - {"fid"}:
-                find_reader(dataset.signal, named, preset, resolve_device(options.device))
+                find_readback(dataset.signal, named, preset, resolve_device(options.device))
 
         return found + self._once((preset, dataset.name, config.palette), find_networks)
 

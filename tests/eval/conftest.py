@@ -5,8 +5,8 @@ import torch
 from eval_toys import CLIP_PREPROCESSOR, SIZE, VIT_PREPROCESSOR, clip_model, draw, save
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTModel
 
-from etherdiff.eval.backbones import find_backbones
-from etherdiff.eval.image_set import PromptImages
+from etherdiff.eval.networks import find_backbones
+from etherdiff.eval.scores import PromptImages
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etherdiff.eval.edges_f1 import EdgesF1, EdgesF1Within1, edge_counts
+from etherdiff.eval.functional import edge_counts
+from etherdiff.eval.metrics import METRICS
 
 
 def lines(seed, count=2, side=7, share=0.3):
@@ -28,43 +29,42 @@ def by_loops(found, wanted, tolerance):
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def computed(metric, found, wanted):
-    metric.update(found, wanted)
-    return float(metric.compute())
+def computed(name, found, wanted):
+    return float(METRICS[name].make()(found, wanted))
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10**6), st.floats(0.02, 0.9))
 def test_against_plain_loops(seed, share):
     found, wanted = lines(seed, share=share), lines(seed + 1)
-    exact, near = computed(EdgesF1(), found, wanted), computed(EdgesF1Within1(), found, wanted)
+    exact, near = computed("edges_f1", found, wanted), computed("edges_f1_within_1", found, wanted)
     assert exact == pytest.approx(by_loops(found, wanted, 0), abs=1e-12)
     assert near == pytest.approx(by_loops(found, wanted, 1), abs=1e-12)
     assert 0 <= exact <= near <= 1
-    assert computed(EdgesF1(), wanted, wanted) == computed(EdgesF1Within1(), wanted, wanted) == 1
-    assert computed(EdgesF1(), found.flip(0), wanted.flip(0)) == pytest.approx(exact, abs=1e-12)
-    assert computed(EdgesF1(), wanted, found) == pytest.approx(exact, abs=1e-12)
+    assert computed("edges_f1", wanted, wanted) == computed("edges_f1_within_1", wanted, wanted) == 1
+    assert computed("edges_f1", found.flip(0), wanted.flip(0)) == pytest.approx(exact, abs=1e-12)
+    assert computed("edges_f1", wanted, found) == pytest.approx(exact, abs=1e-12)
 
 
 def test_exactly_it_is_dices_coefficient():
     found, wanted = lines(1), lines(2)
     dice = 2 * int((found & wanted).sum()) / (int(found.sum()) + int(wanted.sum()))
-    assert computed(EdgesF1(), found, wanted) == pytest.approx(dice, abs=1e-12)
+    assert computed("edges_f1", found, wanted) == pytest.approx(dice, abs=1e-12)
 
 
 def test_a_line_that_is_off_by_one_is_found_within_one_and_not_off_by_two():
     wanted = torch.zeros(1, 8, 8, dtype=torch.bool)
     wanted[0, :, 3] = True
-    assert computed(EdgesF1(), wanted.roll(1, 2), wanted) == 0
-    assert computed(EdgesF1Within1(), wanted.roll(1, 2), wanted) == 1
-    assert computed(EdgesF1Within1(), wanted.roll(2, 2), wanted) == 0
+    assert computed("edges_f1", wanted.roll(1, 2), wanted) == 0
+    assert computed("edges_f1_within_1", wanted.roll(1, 2), wanted) == 1
+    assert computed("edges_f1_within_1", wanted.roll(2, 2), wanted) == 0
 
 
 def test_no_edge_found_is_0_and_none_on_either_side_is_no_score():
     nothing, something = torch.zeros(1, 4, 4, dtype=torch.bool), torch.ones(1, 4, 4, dtype=torch.bool)
-    assert computed(EdgesF1(), nothing, something) == computed(EdgesF1(), something, nothing) == 0
+    assert computed("edges_f1", nothing, something) == computed("edges_f1", something, nothing) == 0
     with pytest.raises(ValueError, match="nothing to score"):
-        computed(EdgesF1(), nothing, nothing)
+        computed("edges_f1", nothing, nothing)
 
 
 def test_what_are_no_edges_is_refused():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from etherdiff.eval.landmarks_error import LandmarksError, normalised_error, normaliser
+from etherdiff.eval.functional import normalised_error, normaliser
+from etherdiff.eval.metrics import METRICS
 
 
 def face(seed=0, points=68):
@@ -33,13 +34,13 @@ def test_the_score_is_the_mean_over_images_whatever_the_batches(points):
     for one, other in zip(found, wanted, strict=True):
         apart = [math.dist(a, b) for a, b in zip(one, other, strict=True)]
         expected.append(sum(apart) / len(apart) / normaliser(other))
-    whole, parts = LandmarksError(), LandmarksError()
+    whole, parts = METRICS["landmarks_error"].make(), METRICS["landmarks_error"].make()
     whole.update(torch.from_numpy(np.stack(found)), torch.from_numpy(np.stack(wanted)))
     for one, other in zip(found, wanted, strict=True):
         parts.update(torch.from_numpy(one[None]), torch.from_numpy(other[None]))
     assert float(whole.compute()) == pytest.approx(np.mean(expected), abs=1e-12)
     assert float(parts.compute()) == pytest.approx(np.mean(expected), abs=1e-12)
-    assert not LandmarksError.higher_is_better
+    assert not METRICS["landmarks_error"].higher_is_better
 
 
 def test_the_same_points_have_no_error_and_moving_or_scaling_both_changes_nothing():
@@ -56,4 +57,4 @@ def test_what_are_no_landmarks_is_refused():
     with pytest.raises(ValueError, match="finite"):
         normalised_error(np.full((5, 2), np.nan), face(points=5))
     with pytest.raises(ValueError, match="same points"):
-        LandmarksError().update(torch.zeros(2, 5, 2), torch.zeros(2, 6, 2))
+        METRICS["landmarks_error"].make().update(torch.zeros(2, 5, 2), torch.zeros(2, 6, 2))

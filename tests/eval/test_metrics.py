@@ -11,13 +11,9 @@ from scipy.linalg import sqrtm
 from torchmetrics import Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from etherdiff.eval.clip_t import ClipT
-from etherdiff.eval.dino import Dino
-from etherdiff.eval.fid import Fid, fid_problem, frechet_distance, moments
-from etherdiff.eval.lpips_diversity import LpipsDiversity
-from etherdiff.eval.lpips_to_real import LpipsToReal
-from etherdiff.eval.metrics import CONTROL_METRICS, CONTROL_ROLES, METRICS, PROMPT_METRICS, SUBJECT_METRICS
-from etherdiff.eval.pairs import cosine_pairs, cosine_rows, upper_pairs
+from etherdiff.eval.functional import cosine_pairs, cosine_rows, fid, fid_problem, frechet_distance, moments, upper_pairs
+from etherdiff.eval.metrics import CONTROL_METRICS, CONTROL_ROLES, HELD_OUT, METRICS, PROMPT_METRICS, SUBJECT_METRICS, metric_of
+from etherdiff.eval.networks import ROLES
 
 WIDTH = 5
 
@@ -39,22 +35,24 @@ def square(count, seed=0):
 
 
 def updates(name, seed=0):
-    """Two valid updates of a metric, as keyword arguments."""
+    """Two valid updates of a metric, as arguments."""
     compares, role = METRICS[name].compares, METRICS[name].role
     if compares == "control x generated":
-        return [{"found": control(role, seed + n, n), "wanted": control(role, seed + n + 9, n)} for n in (1, 2)]
+        return [(control(role, seed + n, n), control(role, seed + n + 9, n)) for n in (1, 2)]
     if compares == "sets":
-        return [{"imgs": features(9, seed=seed), "real": True}, {"imgs": features(9, seed=seed + 1), "real": False}]
+        return [(features(9, seed=seed), True), (features(9, seed=seed + 1), False)]
     if compares == "image x prompt":
-        return [{"images": features(n, seed=seed), "texts": features(n, seed=seed + 1)} for n in (3, 4)]
-    if compares == "images of one prompt":
-        return [{"distances": square(n, seed)} for n in (3, 4)]
-    if compares == "real x other real":
-        table = square(4, seed) if role == "lpips" else cosine_pairs(features(4, seed=seed), features(4, seed=seed))
-        return [{"values": table}, {"values": table}]
+        return [(cosine_rows(features(n, seed=seed), features(n, seed=seed + 1)),) for n in (3, 4)]
+    if compares in ("images of one prompt", "real x other real"):
+        return [(square(n, seed) if role == "lpips" else among(n, seed),) for n in (3, 4)]
     if role == "lpips":
-        return [{"distances": square(5, seed)[:2, 2:]}, {"distances": square(5, seed)[2:, :2]}]
-    return [{"real": features(2, seed=seed), "generated": features(n, seed=seed + 1)} for n in (3, 4)]
+        return [(square(5, seed)[:2, 2:],), (square(5, seed)[2:, :2],)]
+    return [(cosine_pairs(features(2, seed=seed), features(n, seed=seed + 1)),) for n in (3, 4)]
+
+
+def among(count, seed=0):
+    """Cosines among images."""
+    return cosine_pairs(features(count, seed=seed), features(count, seed=seed))
 
 
 def control(role, seed, count):
@@ -66,33 +64,36 @@ def control(role, seed, count):
 
 
 def make(name):
-    entry = METRICS[name]
-    return entry.make(WIDTH) if entry.compares == "sets" or entry.role == "segmenter" else entry.make()
+    return METRICS[name].make(WIDTH if METRICS[name].compares == "sets" or METRICS[name].role == "segmenter" else 0)
 
 
 def computed(name, given):
     metric = make(name)
     for update in given:
-        metric.update(**update)
+        metric.update(*update)
     return metric.compute()
 
 
 @pytest.mark.parametrize("name", METRICS)
 class TestContract:
     def test_it_is_a_torchmetrics_metric_that_says_what_it_is(self, name):
-        entry = METRICS[name]
-        metric = make(name)
-        assert isinstance(metric, Metric)
-        assert isinstance(entry.higher_is_better, bool)
-        assert entry.make.__doc__
-        assert entry.role in (CONTROL_ROLES if entry.compares == "control x generated" else ("dino", "clip", "lpips", "fid"))
-        assert entry.baseline is None or METRICS[entry.baseline].compares == "real x other real"
+        metric, made = METRICS[name], make(name)
+        assert isinstance(made, Metric)
+        assert metric.name == name
+        assert metric.title
+        assert metric.definition
+        assert made.higher_is_better is metric.higher_is_better
+        assert metric.role in (CONTROL_ROLES if metric.compares == "control x generated" else ROLES)
+        assert bool(metric.signals) == (metric.compares == "control x generated")
+        assert metric.baseline is None or METRICS[metric.baseline].compares == "real x other real"
+        assert metric_of(name) is metric_of(name + HELD_OUT) is metric
 
     def test_its_value_is_one_float64_number_within_its_range(self, name):
         value = computed(name, updates(name))
         assert value.shape == ()
         assert value.dtype == torch.float64
-        assert METRICS[name].lowest <= float(value) <= (METRICS[name].highest or math.inf)
+        lowest, highest = METRICS[name].range
+        assert lowest <= float(value) <= highest
 
     def test_the_order_of_updates_does_not_matter(self, name):
         one, other = updates(name)
@@ -101,8 +102,8 @@ class TestContract:
     def test_states_of_two_processes_add_up(self, name):
         one, other = updates(name)
         first, second, both = make(name), make(name), make(name)
-        first.update(**one)
-        second.update(**other)
+        first.update(*one)
+        second.update(*other)
         for state in first._defaults:
             assert first._reductions[state] is not None
             setattr(both, state, getattr(first, state) + getattr(second, state))
@@ -112,21 +113,37 @@ class TestContract:
     def test_reset_forgets(self, name):
         metric = make(name)
         for update in updates(name, seed=5):
-            metric.update(**update)
+            metric.update(*update)
         metric.reset()
         for update in updates(name):
-            metric.update(**update)
+            metric.update(*update)
         assert float(metric.compute()) == float(computed(name, updates(name)))
+
+    def test_forward_gives_the_score_of_each_update_and_sums_all(self, name):
+        if METRICS[name].compares == "sets":
+            pytest.skip("one side has no distance")
+        metric, parts = make(name), updates(name)
+        assert [float(metric(*one)) for one in parts] == [float(computed(name, [one])) for one in parts]
+        assert float(metric.compute()) == float(computed(name, parts))
+
+    def test_units_are_what_the_sums_are_made_of(self, name):
+        given = updates(name)
+        size = make(name).size
+        units = torch.cat([METRICS[name].count(*one, size=size) for one in given])
+        assert units.shape[1:] == METRICS[name].shape(size)
+        assert float(METRICS[name].value(units.sum(0).numpy())) == float(computed(name, given))
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_what_is_not_finite_is_refused(self, name, bad):
+        """Of whatever type the metric takes: classes and edges are no floats at all."""
         (update, *_) = updates(name)
-        for key, value in update.items():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                spoiled = value.clone()
-                spoiled[0, 1] = bad
-                with pytest.raises(ValueError, match="finite"):
-                    make(name).update(**{**update, key: spoiled})
+        tensors = [place for place, value in enumerate(update) if isinstance(value, torch.Tensor)]
+        assert tensors
+        for place in tensors:
+            spoiled = update[place].clone() if update[place].is_floating_point() else update[place].double()
+            spoiled[(0,) * (spoiled.ndim - 1)][-1] = bad
+            with pytest.raises(ValueError, match=r"finite|integers|bool"):
+                make(name).update(*update[:place], spoiled, *update[place + 1 :])
 
     @pytest.mark.filterwarnings("ignore:The ``compute`` method")
     def test_nothing_has_no_score(self, name):
@@ -138,40 +155,38 @@ def test_dino_and_clip_i_are_the_mean_over_all_pairs():
     real, generated = features(3), features(4, seed=1)
     expected = np.mean([cosine(r, g) for r in real for g in generated])
     for name in ("dino", "clip_i"):
-        assert float(computed(name, [{"real": real, "generated": generated}])) == pytest.approx(expected, abs=1e-12)
+        assert float(computed(name, [(cosine_pairs(real, generated),)])) == pytest.approx(expected, abs=1e-12)
 
 
 def test_pairs_count_the_same_however_updates_are_cut():
     real = features(3)
     parts = [features(2, seed=1), features(7, seed=2)]
-    pieces = computed("dino", [{"real": real, "generated": part} for part in parts])
-    whole = computed("dino", [{"real": real, "generated": torch.cat(parts)}])
+    pieces = computed("dino", [(cosine_pairs(real, part),) for part in parts])
+    whole = computed("dino", [(cosine_pairs(real, torch.cat(parts)),)])
     assert float(pieces) == pytest.approx(float(whole), abs=1e-12)
 
 
 def test_clip_t_is_the_mean_over_images_and_their_own_prompts():
     images, texts = features(4), features(4, seed=1)
     expected = np.mean([cosine(image, text) for image, text in zip(images, texts, strict=True)])
-    assert float(computed("clip_t", [{"images": images, "texts": texts}])) == pytest.approx(expected, abs=1e-12)
+    assert float(computed("clip_t", [(cosine_rows(images, texts),)])) == pytest.approx(expected, abs=1e-12)
     with pytest.raises(ValueError, match="do not match"):
-        ClipT().update(images, texts[:3])
+        cosine_rows(images, texts[:3])
 
 
 def test_lpips_to_real_and_diversity_are_plain_means():
     table = square(4)
-    flat = LpipsToReal()
-    flat.update(table[:, :3])
-    assert float(flat.compute()) == pytest.approx(np.mean([float(table[i, j]) for i in range(4) for j in range(3)]))
-    among = LpipsDiversity()
-    among.update(table)
-    assert float(among.compute()) == pytest.approx(np.mean([float(table[i, j]) for i in range(4) for j in range(i)]))
+    flat = float(computed("lpips_to_real", [(table[:, :3],)]))
+    assert flat == pytest.approx(np.mean([float(table[i, j]) for i in range(4) for j in range(3)]))
+    among = float(computed("lpips_diversity", [(table,)]))
+    assert among == pytest.approx(np.mean([float(table[i, j]) for i in range(4) for j in range(i)]))
 
 
-@pytest.mark.parametrize("name", ["dino_real_images", "lpips_real_images"])
+@pytest.mark.parametrize("name", ["dino_real_images", "clip_i_real_images", "lpips_real_images"])
 def test_real_images_leave_out_an_image_and_itself(name):
-    table = updates(name)[0]["values"]
+    table = updates(name)[1][0]
     both_ways = [float(table[i, j]) for i in range(4) for j in range(4) if i != j]  # as the scripts count them
-    assert float(computed(name, [{"values": table}])) == pytest.approx(np.mean(both_ways), abs=1e-12)
+    assert float(computed(name, [(table,)])) == pytest.approx(np.mean(both_ways), abs=1e-12)
 
 
 def test_zero_features_have_no_direction():
@@ -198,10 +213,8 @@ def test_cosines_stay_in_range_and_know_no_length_or_order(one, other, factor):
     torch.testing.assert_close(cosine_pairs(a * factor, b), table, atol=1e-5, rtol=0)
     torch.testing.assert_close(cosine_pairs(a.flip(0), b), table.flip(0))
     torch.testing.assert_close(cosine_rows(a, a), torch.ones(len(a), dtype=torch.float64))
-    forward, backward = Dino(), Dino()
-    forward.update(a, b)
-    backward.update(b, a)
-    assert float(forward.compute()) == pytest.approx(float(backward.compute()), abs=1e-12)
+    forward, backward = (float(computed("dino", [(one,)])) for one in (table, cosine_pairs(b, a)))
+    assert forward == pytest.approx(backward, abs=1e-12)
 
 
 def test_frechet_distance_of_normals_that_commute_has_a_closed_form():
@@ -211,30 +224,47 @@ def test_frechet_distance_of_normals_that_commute_has_a_closed_form():
     assert float(found) == pytest.approx(3**2 + 4**2 + (2 - 1) ** 2 + (3 - 5) ** 2)
 
 
+class AsIs(torch.nn.Module):
+    """The network of torchmetrics' FID whose images are features already."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.num_features = width
+
+    def forward(self, features):
+        return features
+
+
 @pytest.mark.parametrize(("count", "width"), [(40, 5), (7, 12)])
 def test_fid_against_scipy_and_torchmetrics(count, width):
     real, generated = features(count, width), features(count, width, seed=1) * 1.5 + 0.3
-    metric = Fid(width)
-    theirs = FrechetInceptionDistance(feature=metric.inception)
+    metric, theirs = METRICS["fid"].make(width), FrechetInceptionDistance(feature=AsIs(width))
     for one in (metric, theirs):
-        one.update(real[:4], real=True)
-        one.update(real[4:], real=True)
-        one.update(generated, real=False)
+        one.update(real[:4], True)
+        one.update(real[4:], True)
+        one.update(generated, False)
     a, b = real.double().numpy(), generated.double().numpy()
     s, t = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t) - 2 * np.trace(sqrtm(s @ t)).real
     assert float(metric.compute()) == pytest.approx(expected, abs=1e-5)
     assert float(metric.compute()) == pytest.approx(float(theirs.compute()), abs=1e-5)
+    assert fid(real, generated) == pytest.approx(float(metric.compute()), abs=1e-5)
 
 
 def test_fid_of_a_set_with_itself_is_zero_and_symmetric():
     a, b = features(30), features(30, seed=3)
-    ours, back, same = Fid(WIDTH), Fid(WIDTH), Fid(WIDTH)
-    for metric, real, generated in ((ours, a, b), (back, b, a), (same, a, a)):
-        metric.update(real, real=True)
-        metric.update(generated, real=False)
-    assert float(ours.compute()) == pytest.approx(float(back.compute()), rel=1e-9)
-    assert float(same.compute()) == pytest.approx(0, abs=1e-9)
+    ours, back, same = (
+        float(computed("fid", [(real, True), (generated, False)])) for real, generated in ((a, b), (b, a), (a, a))
+    )
+    assert ours == pytest.approx(back, rel=1e-9)
+    assert same == pytest.approx(0, abs=1e-9)
+
+
+def test_fid_needs_two_images_on_each_side_and_features_of_its_width():
+    with pytest.raises(ValueError, match="nothing to score"):
+        computed("fid", [(features(9), True), (features(1), False)])
+    with pytest.raises(ValueError, match=r"finite features \(N, 5\)"):
+        make("fid").update(features(9, 6), True)
 
 
 def test_moments_are_numpys():

@@ -9,7 +9,7 @@ from eval_toys import CLIP_PREPROCESSOR, VIT_PREPROCESSOR, pillow_processor
 from PIL import Image
 from torchvision import transforms
 
-from etherdiff.eval.from_libraries import Lpips, from_open_clip
+from etherdiff.eval.libraries import Lpips, from_open_clip
 from etherdiff.eval.preprocessing import Preprocessing, from_processor, read_preprocessing
 from etherdiff.system.errors import UserError
 

@@ -9,12 +9,11 @@ import pytest
 import torch
 from eval_toys import black, draw
 
-from etherdiff.eval.backbones import find_backbones
 from etherdiff.eval.combine import combine_subjects
-from etherdiff.eval.image_set import PromptImages, Scoring
-from etherdiff.eval.lpips_distance import lpips_distances
+from etherdiff.eval.functional import lpips_distances
 from etherdiff.eval.metrics import METRICS, PROMPT_METRICS
-from etherdiff.eval.scores import score_images
+from etherdiff.eval.networks import find_backbones
+from etherdiff.eval.scores import PromptImages, Scoring, score_images
 from etherdiff.images.reading import read_image
 from etherdiff.runs.identity import differences
 from etherdiff.system.errors import UserError

@@ -9,12 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
 
-from etherdiff.eval.intervals import bootstrap_sums
-from etherdiff.eval.segmentation_scores import (
+from etherdiff.eval.functional import (
     IGNORED,
-    MeanAccuracy,
-    MeanIoU,
-    PixelAccuracy,
     class_accuracies,
     class_areas,
     class_ious,
@@ -22,6 +18,8 @@ from etherdiff.eval.segmentation_scores import (
     mean_iou,
     pixel_accuracy,
 )
+from etherdiff.eval.intervals import bootstrap_sums
+from etherdiff.eval.metrics import METRICS
 
 CLASSES = 4
 
@@ -48,18 +46,21 @@ def by_loops(predicted, target, classes=CLASSES):
     return sum(known) / len(known), right / len(pairs), sum(told) / len(told), ious
 
 
-def computed(metric, predicted, target):
-    metric.update(predicted, target)
-    return float(metric.compute())
+def computed(name, predicted, target, classes=CLASSES):
+    return float(METRICS[name].make(classes)(predicted, target))
+
+
+def units_of(predicted, target):
+    return METRICS["miou"].count(predicted, target, size=CLASSES)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_against_plain_loops(seed):
     predicted, target = maps(seed)
     miou, accuracy, mean, ious = by_loops(predicted, target)
-    assert computed(MeanIoU(CLASSES), predicted, target) == pytest.approx(miou, abs=1e-12)
-    assert computed(PixelAccuracy(CLASSES), predicted, target) == pytest.approx(accuracy, abs=1e-12)
-    assert computed(MeanAccuracy(CLASSES), predicted, target) == pytest.approx(mean, abs=1e-12)
+    assert computed("miou", predicted, target) == pytest.approx(miou, abs=1e-12)
+    assert computed("accuracy", predicted, target) == pytest.approx(accuracy, abs=1e-12)
+    assert computed("mean_accuracy", predicted, target) == pytest.approx(mean, abs=1e-12)
     found = class_ious(class_areas(predicted, target, CLASSES).numpy())
     assert [None if math.isnan(value) else pytest.approx(value) for value in found] == ious
 
@@ -68,9 +69,9 @@ def test_against_torchmetrics():
     predicted, target = maps(7, count=6)
     kept = target != IGNORED
     jaccard = multiclass_jaccard_index(predicted[kept], target[kept], CLASSES, average="none")
-    assert computed(MeanIoU(CLASSES), predicted, target) == pytest.approx(float(jaccard.mean()), abs=1e-6)
+    assert computed("miou", predicted, target) == pytest.approx(float(jaccard.mean()), abs=1e-6)
     micro = multiclass_accuracy(predicted[kept], target[kept], CLASSES, average="micro")
-    assert computed(PixelAccuracy(CLASSES), predicted, target) == pytest.approx(float(micro), abs=1e-6)
+    assert computed("accuracy", predicted, target) == pytest.approx(float(micro), abs=1e-6)
 
 
 def test_worked_out_by_hand():
@@ -102,20 +103,19 @@ def test_what_has_to_hold_for_all(seed, count, classes):
     predicted, target = maps(seed, count, 4, classes, ignored=0.1)
     perfect = torch.where(target == IGNORED, 0, target)
     order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
-    for kind in (MeanIoU, PixelAccuracy, MeanAccuracy):
-        value = computed(kind(classes), predicted, target)
+    for name in ("miou", "accuracy", "mean_accuracy"):
+        value = computed(name, predicted, target, classes)
         assert 0 <= value <= 1
-        assert computed(kind(classes), perfect, target) == 1
-        assert computed(kind(classes), predicted[order], target[order]) == pytest.approx(value, abs=1e-12)
+        assert computed(name, perfect, target, classes) == 1
+        assert computed(name, predicted[order], target[order], classes) == pytest.approx(value, abs=1e-12)
         changed = torch.where(target == IGNORED, (predicted + 1) % classes, predicted)
-        assert computed(kind(classes), changed, target) == pytest.approx(value, abs=1e-12)
-        assert kind.higher_is_better
+        assert computed(name, changed, target, classes) == pytest.approx(value, abs=1e-12)
+        assert METRICS[name].higher_is_better
 
 
 def test_image_by_image_it_is_the_same_sum():
     predicted, target = maps(3)
-    metric = MeanIoU(CLASSES)
-    assert metric.counts(predicted, target).sum(0).tolist() == class_areas(predicted, target, CLASSES).tolist()
+    assert units_of(predicted, target).sum(0).tolist() == class_areas(predicted, target, CLASSES).tolist()
 
 
 @pytest.mark.parametrize(
@@ -130,11 +130,11 @@ def test_image_by_image_it_is_the_same_sum():
 )
 def test_what_are_no_classes_is_refused(predicted, target, why):
     with pytest.raises(ValueError, match=why):
-        MeanIoU(CLASSES).update(predicted, target)
+        units_of(predicted, target)
 
 
 def test_where_everything_is_ignored_there_is_no_score():
-    metric = MeanIoU(CLASSES)
+    metric = METRICS["miou"].make(CLASSES)
     metric.update(torch.zeros(1, 2, 2, dtype=torch.int64), torch.full((1, 2, 2), IGNORED))
     with pytest.raises(ValueError, match="nothing to score"):
         metric.compute()
@@ -145,7 +145,7 @@ def test_where_everything_is_ignored_there_is_no_score():
 
 def test_the_interval_is_that_of_images_drawn_again_one_by_one():
     predicted, target = maps(11, count=12)
-    units = MeanIoU(CLASSES).counts(predicted, target).numpy()
+    units = units_of(predicted, target).numpy()
     low, high = bootstrap_sums(units, mean_iou, seed=3, draws=400)
     rng = np.random.default_rng(5)
     values = [float(mean_iou(units[rng.integers(len(units), size=len(units))].sum(0))) for _ in range(400)]
@@ -156,7 +156,7 @@ def test_the_interval_is_that_of_images_drawn_again_one_by_one():
 
 def test_one_image_has_no_interval_and_equal_images_have_none_of_width():
     predicted, target = maps(0, count=1)
-    units = MeanIoU(CLASSES).counts(predicted, target).numpy()
+    units = units_of(predicted, target).numpy()
     assert bootstrap_sums(units, mean_iou) is None
     low, high = bootstrap_sums(np.repeat(units, 5, axis=0), mean_iou, draws=50)
     assert low == high == pytest.approx(float(mean_iou(units.sum(0))))

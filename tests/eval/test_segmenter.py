@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from etherdiff.control.palettes import find_palette
-from etherdiff.eval import backbones as backbones_module
-from etherdiff.eval.segmenter import SEGMENTERS, load_segmenter
+from etherdiff.eval import networks as networks_module
+from etherdiff.eval.folders import load_segmenter
+from etherdiff.eval.networks import PRESETS
 from etherdiff.system.errors import UserError
 from etherdiff.tiny.world import CLASSES
 
@@ -87,11 +88,11 @@ def test_an_identity_says_which_network_it_was(upernet):
 
 
 def test_the_tiny_segmenter_is_read_from_the_package(upernet, tmp_path, monkeypatch):
-    monkeypatch.setattr(backbones_module, "ASSETS", tmp_path)
+    monkeypatch.setattr(networks_module, "ASSETS", tmp_path)
     with pytest.raises(UserError, match="'upernet' is not part of this installation"):
-        load_segmenter(SEGMENTERS["tiny"], CLASSES, "cpu")
+        load_segmenter(PRESETS["tiny"]["segmenter"], CLASSES, "cpu")
     shutil.copytree(upernet, tmp_path / "tiny" / "upernet")
-    assert load_segmenter(SEGMENTERS["tiny"], CLASSES, "cpu").identity.name == "etherdiff/tiny-upernet"
+    assert load_segmenter(PRESETS["tiny"]["segmenter"], CLASSES, "cpu").identity.name == "etherdiff/tiny-upernet"
 
 
 def test_logits_that_are_not_finite_are_told(upernet, images):
@@ -185,6 +186,6 @@ def test_a_hub_id_is_fetched_with_its_commit(upernet, tmp_path, monkeypatch):
     folder = tmp_path / "models--openmmlab--upernet-convnext-large" / "snapshots" / commit
     shutil.copytree(upernet, folder)
     monkeypatch.setattr(hub, "snapshot_download", lambda repo, **how: str(folder))
-    identity = load_segmenter(SEGMENTERS["paper"], CLASSES, "cpu").identity
+    identity = load_segmenter(PRESETS["paper"]["segmenter"], CLASSES, "cpu").identity
     assert (identity.name, identity.revision) == ("openmmlab/upernet-convnext-large", commit)
     assert np.char.isalnum(identity.weights_sha256)

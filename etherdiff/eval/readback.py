@@ -1,4 +1,4 @@
-"""What reads a control back from a generated image: a segmenter, Canny's algorithm, a detector of landmarks."""
+"""Reading a control back from a generated image: by a segmenter, Canny's algorithm, or a detector of landmarks."""
 
 import importlib.util
 from abc import ABC, abstractmethod
@@ -12,48 +12,46 @@ from PIL import Image
 from torch import Tensor
 
 from etherdiff.control.canny import Canny, edges
-from etherdiff.control.landmarks import Landmarks, detect, find_task_file
+from etherdiff.control.landmarks import Landmarks, NoFaceError, detect, find_task_file
 from etherdiff.control.segmentation import Segmentation
 from etherdiff.control.signal import Signal
-from etherdiff.eval.network import versions_of
-from etherdiff.eval.segmenter import SEGMENTERS, Segmenter, load_segmenter
+from etherdiff.eval.folders import Segmenter, load_segmenter
+from etherdiff.eval.networks import PRESETS, versions_of
 from etherdiff.images.reading import resize_and_crop
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import file_hash
 
 
-class NotReadable(Exception):  # noqa: N818 - it says what the signal is, here
+class NotReadable(Exception):  # noqa: N818 - it is no error: scores are left out
     """Why a signal cannot be read back from any image here; its scores are then not computed."""
 
 
-class Reader(ABC):
-    """One for each kind of signal."""
+class ReadBack(ABC):
+    """Reads one kind of signal back from images."""
 
     role: str
-    """Of `CONTROL_ROLES`."""
+    """One of `CONTROL_ROLES`."""
     unread: str
-    """What is said of an image that it can read nothing from."""
+    """Reason under which an image is left out that it can read nothing from."""
+    size = 0
+    """Number of classes, where it reads classes: what its metrics are made with."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What decides the readings: two equal ones give, up to rounding, the same for the same image."""
+        """Return what decides the readings: equal identities give, up to rounding, the same for the same image."""
 
     @abstractmethod
     def read(self, images: Sequence[Image.Image], resolution: int) -> list[Tensor | None]:
-        """Of each RGB image what `Signal.target` holds of a control; None where it can read nothing."""
-
-    def arguments(self) -> tuple[int, ...]:
-        """What the metrics of its role are made with."""
-        return ()
+        """Return for each RGB image what `Signal.target` holds for a control; None where nothing can be read."""
 
 
-class ReadClasses(Reader):
+class ReadClasses(ReadBack):
     """Class indices, int64 (resolution, resolution)."""
 
     role, unread = "segmenter", "bad_features"
 
     def __init__(self, segmenter: Segmenter) -> None:
-        self.segmenter = segmenter
+        self.segmenter, self.size = segmenter, segmenter.classes
 
     def identity(self) -> dict[str, Any]:
         return self.segmenter.identity.as_dict()
@@ -63,11 +61,8 @@ class ReadClasses(Reader):
         found = self.segmenter.segment(pixels, resolution)
         return [classes if int(classes.min()) >= 0 else None for classes in found]
 
-    def arguments(self) -> tuple[int, ...]:
-        return (self.segmenter.classes,)
 
-
-class ReadEdges(Reader):
+class ReadEdges(ReadBack):
     """Edges as the signal's own are made, bool (resolution, resolution)."""
 
     role, unread = "edges", "bad_features"
@@ -85,7 +80,7 @@ class ReadEdges(Reader):
         return [torch.from_numpy(edges(square, self.low, self.high)) for square in squares]
 
 
-class ReadLandmarks(Reader):
+class ReadLandmarks(ReadBack):
     """Landmarks in pixels, float64 (P, 2), by mediapipe."""
 
     role, unread = "landmarks", "no_face"
@@ -107,25 +102,23 @@ class ReadLandmarks(Reader):
     def _points(self, image: Image.Image) -> Tensor | None:
         try:
             return torch.from_numpy(detect(image, self.task_file))
-        except UserError as error:
-            if "no face" in str(error):
-                return None
-            raise
+        except NoFaceError:
+            return None
 
 
-def find_reader(signal: Signal, named: Mapping[str, str], preset: str, device: str) -> Reader:
-    """What reads the signal.
+def find_readback(signal: Signal, named: Mapping[str, str], preset: str, device: str) -> ReadBack:
+    """Return what reads the signal.
 
     Args:
         named: role -> a network by name, instead of the preset's.
-        preset: of `SEGMENTERS`.
+        preset: one of `PRESETS`.
 
     Raises:
         UserError: what is named cannot be used, or the signal is of a kind that nothing here reads.
-        NotReadable: it takes something that nobody named.
+        NotReadable: something is needed that was not named.
     """
     if isinstance(signal, Segmentation):
-        spec = named.get(ReadClasses.role, SEGMENTERS[preset])
+        spec = named.get(ReadClasses.role, PRESETS[preset][ReadClasses.role])
         return ReadClasses(load_segmenter(spec, signal.palette.classes, device))
     if isinstance(signal, Canny):
         return ReadEdges(signal)
@@ -136,7 +129,7 @@ def find_reader(signal: Signal, named: Mapping[str, str], preset: str, device: s
 
 
 def wanted_by(signal: Signal, control: Path, resolution: int) -> Tensor:
-    """A control's target, in the form in which the readers give what they find."""
+    """Return a control's target, in the form in which `ReadBack.read` returns what it finds."""
     return torch.from_numpy(np.array(signal.target(control, resolution)))
 
 

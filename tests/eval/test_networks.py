@@ -9,9 +9,9 @@ from eval_toys import CLIP_PREPROCESSOR, SIZE, clip_model, draw, pillow_processo
 from PIL import Image
 from transformers import CLIPModel, ResNetForImageClassification, ViTModel
 
-from etherdiff.eval import backbones as backbones_module
-from etherdiff.eval.backbones import PRESETS, ROLES, find_backbones, load_backbone
-from etherdiff.eval.lpips_distance import lpips_distances
+from etherdiff.eval import networks as networks_module
+from etherdiff.eval.functional import lpips_distances
+from etherdiff.eval.networks import PRESETS, ROLES, find_backbones, load_backbone
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import file_hash
 
@@ -81,7 +81,7 @@ def test_resnet_features_are_pooled_for_fid_and_layered_for_lpips(networks, spec
 def test_lpips_is_the_package_lpips(images):
     import lpips
 
-    from etherdiff.eval.from_libraries import Lpips
+    from etherdiff.eval.libraries import Lpips
 
     torch.manual_seed(0)
     model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)  # its linear weights come with the package
@@ -100,7 +100,7 @@ def test_lpips_is_the_package_lpips(images):
 def test_lpips_with_a_negative_weight_is_refused():
     import lpips
 
-    from etherdiff.eval.from_libraries import Lpips
+    from etherdiff.eval.libraries import Lpips
 
     model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     model.lin0.model[-1].weight.data[0, 0] = -1.0
@@ -111,7 +111,7 @@ def test_lpips_with_a_negative_weight_is_refused():
 def test_inception_is_torch_fidelitys_and_takes_images_of_any_size(images, monkeypatch):
     from torch_fidelity import feature_extractor_inceptionv3 as module
 
-    from etherdiff.eval.from_libraries import load_inception
+    from etherdiff.eval.libraries import load_inception
 
     # nothing is downloaded: the weights that the network was built with stay
     monkeypatch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
@@ -188,7 +188,7 @@ def test_a_clip_folder_without_a_tokenizer_takes_the_package_s(specs):
 
 
 def test_the_tiny_preset_reads_what_comes_with_the_package(networks, tmp_path, monkeypatch):
-    monkeypatch.setattr(backbones_module, "ASSETS", tmp_path)
+    monkeypatch.setattr(networks_module, "ASSETS", tmp_path)
     shutil.copytree(networks, tmp_path / "tiny")
     found = find_backbones(ROLES, "tiny", device="cpu")
     assert {role: backbone.identity.name for role, backbone in found.items()} == {
@@ -201,7 +201,7 @@ def test_the_tiny_preset_reads_what_comes_with_the_package(networks, tmp_path, m
 
 
 def test_everything_wrong_is_said_at_once(specs, networks, tmp_path, monkeypatch):
-    monkeypatch.setattr(backbones_module, "ASSETS", tmp_path)
+    monkeypatch.setattr(networks_module, "ASSETS", tmp_path)
     (tmp_path / "empty").mkdir()
     named = {"clip": specs["dino"], "lpips": str(tmp_path / "empty"), "fid": "lpips:alex", "sharpness": "x"}
     with pytest.raises(UserError) as raised:

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from etherdiff.eval.lpips_distance import unit_channels
-from etherdiff.eval.network import Backbone, Identity, ImageTextBackbone, Pixels, hash_tensors, stacked, versions_of
+from etherdiff.eval.functional import unit_channels
+from etherdiff.eval.networks import Backbone, Identity, ImageTextBackbone, Pixels, hash_tensors, stacked, versions_of
 from etherdiff.eval.preprocessing import Preprocessing
 from etherdiff.system.errors import UserError
 
