@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import typer
 from PIL import Image
 
-from etherdiff.images.reading import contact_sheet, read_image
+from etherdiff.images.reading import read_image
+from etherdiff.images.sheets import contact_sheet
 from etherdiff.runs.control import open_control_run, run_dataset
 from etherdiff.system.terminal import quiet_libraries, say
 

@@ -21,7 +21,7 @@ from PIL import Image
 from tiny_world.data import to_tensor
 from transformers import UperNetForSemanticSegmentation
 
-from etherdiff.images.reading import contact_sheet
+from etherdiff.images.sheets import contact_sheet
 from etherdiff.system.paths import ASSETS
 from etherdiff.system.terminal import quiet_libraries, say
 from etherdiff.tiny.captions import ON, UNDER

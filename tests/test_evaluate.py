@@ -19,7 +19,7 @@ from etherdiff.eval import evaluate as module
 from etherdiff.eval import protocol
 from etherdiff.eval.evaluate import EvalOptions, beside_the_paper, evaluate, plan_evaluation, render
 from etherdiff.eval.protocol import EvalPrompt, make_prompts
-from etherdiff.images.reading import read_png_settings
+from etherdiff.images.png import read_png_settings
 from etherdiff.system.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -28,7 +28,8 @@ from etherdiff.eval import readback
 from etherdiff.eval.compare import as_markdown, cell, compare
 from etherdiff.eval.evaluate_control import ControlOptions, evaluate_control, render
 from etherdiff.eval.readback import ReadBack, ReadLandmarks, find_readback
-from etherdiff.images.reading import read_image, read_png_settings
+from etherdiff.images.png import read_png_settings
+from etherdiff.images.reading import read_image
 from etherdiff.runs.folder import RunFolder, write_settings
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError

@@ -23,7 +23,7 @@ from etherdiff import run as run_module
 from etherdiff.adapters.methods import METHODS
 from etherdiff.config import DreamBoothConfig
 from etherdiff.families.bases import find_base, fingerprint, load_base
-from etherdiff.images.reading import read_png_settings
+from etherdiff.images.png import read_png_settings
 from etherdiff.run import resume, train_dreambooth
 from etherdiff.system.errors import UserError
 from etherdiff.tiny import tiny_folder

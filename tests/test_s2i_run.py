@@ -17,7 +17,7 @@ from etherdiff.config import S2IConfig
 from etherdiff.control.pipeline import HintEncoder, added_hint
 from etherdiff.families.bases import encode_prompts, find_base, load_base
 from etherdiff.families.sampling import S2I_SAMPLING
-from etherdiff.images.reading import read_png_settings
+from etherdiff.images.png import read_png_settings
 from etherdiff.run import resume, train_s2i
 from etherdiff.runs.control import load_control_run
 from etherdiff.runs.run import Run

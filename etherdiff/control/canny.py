@@ -10,7 +10,8 @@ from PIL import Image
 
 from etherdiff.control.geometry import crop_box
 from etherdiff.control.signal import Signal
-from etherdiff.images.reading import UnreadableImage, read_image, resize_and_crop
+from etherdiff.images.crops import resize_and_crop
+from etherdiff.images.reading import UnreadableImage, read_image
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import staged_file
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from etherdiff.images.reading import crop_window
+from etherdiff.images.crops import crop_window
 
 Box = tuple[float, float, float, float]
 _EXIF_ORIENTATION = 0x0112

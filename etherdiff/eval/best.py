@@ -23,7 +23,7 @@ from etherdiff.eval.protocol import EvalPrompt, make_prompts
 from etherdiff.eval.scores import PromptImages, Scoring, score_images
 from etherdiff.families.bases import StableDiffusion, encode_prompts, make_pipeline
 from etherdiff.families.sampling import PAPER_SAMPLING, sample, slug
-from etherdiff.images.reading import save_png
+from etherdiff.images.png import save_png
 from etherdiff.runs.folder import RunFolder, read_metrics
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import staged_folder, write_json

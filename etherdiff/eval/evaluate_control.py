@@ -31,7 +31,9 @@ from etherdiff.eval.paper import PAPER_S2I_SCOPE, paper_value
 from etherdiff.eval.protocol import ROUNDING, is_whole, read_sets, why_not_these, write_set
 from etherdiff.eval.readback import NotReadable, ReadBack, find_readback
 from etherdiff.families.sampling import S2I_SAMPLING, chunks, sheet, slug
-from etherdiff.images.reading import UnreadableImage, read_image, resize_and_crop, save_png
+from etherdiff.images.crops import resize_and_crop
+from etherdiff.images.png import save_png
+from etherdiff.images.reading import UnreadableImage, read_image
 from etherdiff.report.reporting import show_report
 from etherdiff.runs.control import load_control_run
 from etherdiff.runs.run import Run

@@ -20,7 +20,7 @@ from PIL import Image
 
 from etherdiff.eval.scores import PromptImages
 from etherdiff.families.sampling import PAPER_SAMPLING, chunks, sample, slug
-from etherdiff.images.reading import save_png
+from etherdiff.images.png import save_png
 from etherdiff.runs.identity import named_differences
 from etherdiff.system.files import write_json
 from etherdiff.system.terminal import track

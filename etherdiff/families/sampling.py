@@ -8,7 +8,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from etherdiff.images.reading import contact_sheet, save_png
+from etherdiff.images.png import save_png
+from etherdiff.images.sheets import contact_sheet
 
 T = TypeVar("T")
 PAPER_SAMPLING: dict[str, Any] = {"sampler": "DPM++ 2M", "steps": 25, "guidance_scale": 7.5}

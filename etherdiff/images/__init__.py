@@ -1,1 +1,1 @@
-"""Reading, cropping and showing images."""
+"""Image files in and out: photos, crops, contact sheets, PNG files with their settings inside."""

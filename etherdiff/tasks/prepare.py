@@ -15,7 +15,9 @@ from torch import Tensor
 from etherdiff.config import DreamBoothConfig
 from etherdiff.families.bases import StableDiffusion, encode_prompts, make_pipeline
 from etherdiff.families.sampling import chunks, sample
-from etherdiff.images.reading import read_image, resize_and_crop, save_png, to_array
+from etherdiff.images.crops import resize_and_crop, to_array
+from etherdiff.images.png import save_png
+from etherdiff.images.reading import read_image
 from etherdiff.system.files import remove_temporary
 from etherdiff.system.paths import cache_dir
 from etherdiff.system.terminal import track

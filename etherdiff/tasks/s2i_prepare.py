@@ -11,7 +11,8 @@ from torch import Tensor
 
 from etherdiff.control.pairs import Pair
 from etherdiff.families.bases import StableDiffusion, encode_prompts
-from etherdiff.images.reading import read_image, resize_and_crop, to_array
+from etherdiff.images.crops import resize_and_crop, to_array
+from etherdiff.images.reading import read_image
 from etherdiff.system.devices import DTYPES
 from etherdiff.system.files import remove_temporary, unchanged_file_hash
 from etherdiff.system.paths import cache_dir

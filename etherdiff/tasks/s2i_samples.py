@@ -8,7 +8,9 @@ from PIL import Image
 from etherdiff.control.pipeline import HintEncoder
 from etherdiff.families.bases import StableDiffusion, encode_prompts
 from etherdiff.families.sampling import S2I_SAMPLING, chunks, sheet
-from etherdiff.images.reading import read_image, resize_and_crop, save_png
+from etherdiff.images.crops import resize_and_crop
+from etherdiff.images.png import save_png
+from etherdiff.images.reading import read_image
 from etherdiff.runs.control import make_s2i_pipeline
 from etherdiff.runs.folder import RunFolder
 from etherdiff.tasks.s2i_plan import S2IPlan

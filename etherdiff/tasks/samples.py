@@ -8,7 +8,7 @@ from PIL import Image
 from etherdiff.config import TrainConfig
 from etherdiff.families.bases import StableDiffusion, encode_prompts, make_pipeline
 from etherdiff.families.sampling import PAPER_SAMPLING, chunks, sample, save_images, sheet
-from etherdiff.images.reading import save_png
+from etherdiff.images.png import save_png
 from etherdiff.runs.folder import RunFolder
 
 SAMPLES_AT_ONCE = 4

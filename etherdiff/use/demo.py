@@ -10,7 +10,8 @@ from etherdiff.eval.evaluate import EvalOptions, evaluate
 from etherdiff.eval.metrics import HELD_OUT
 from etherdiff.eval.protocol import BASE_IMAGES, IMAGES, make_prompts
 from etherdiff.families.sampling import sheet, slug
-from etherdiff.images.reading import contact_sheet, list_images, read_images
+from etherdiff.images.reading import list_images, read_images
+from etherdiff.images.sheets import contact_sheet
 from etherdiff.run import train_dreambooth
 from etherdiff.runs.folder import RunFolder
 from etherdiff.system.errors import UserError

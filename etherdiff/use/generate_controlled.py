@@ -11,7 +11,7 @@ from etherdiff.control.pipeline import StableDiffusionS2IPipeline
 from etherdiff.control.signals import recorded_signal
 from etherdiff.families.bases import load_base
 from etherdiff.families.sampling import S2I_SAMPLING, chunks, sheet, slug
-from etherdiff.images.reading import save_png
+from etherdiff.images.png import save_png
 from etherdiff.runs.control import load_hint_encoder, make_s2i_pipeline, open_control_run
 from etherdiff.system.devices import resolve_device
 from etherdiff.system.errors import UserError

@@ -17,7 +17,7 @@ from etherdiff.control.landmarks import Landmarks, detect, find_task_file, with_
 from etherdiff.control.palettes import Palette, find_palette
 from etherdiff.control.segmentation import Segmentation
 from etherdiff.control.signals import recorded_signal
-from etherdiff.images.reading import resize_and_crop
+from etherdiff.images.crops import resize_and_crop
 from etherdiff.system.errors import UserError
 from etherdiff.tiny.world import CLASSES, PALETTE, render_scene
 

@@ -14,7 +14,7 @@ from etherdiff.control.readers import hub, tiny_world
 from etherdiff.control.readers.hub import unpack
 from etherdiff.control.readers.imagefolder import read_imagefolder, split_by_name
 from etherdiff.control.readers.listing import Row
-from etherdiff.images.reading import resize_and_crop
+from etherdiff.images.crops import resize_and_crop
 from etherdiff.system.errors import UserError
 from etherdiff.tiny.world import render_scene
 

@@ -14,7 +14,7 @@ from etherdiff.adapters.methods import MethodOptions, add_adapter
 from etherdiff.config import DreamBoothConfig
 from etherdiff.families.bases import Base, fingerprint, load_base
 from etherdiff.families.sampling import save_images
-from etherdiff.images.reading import save_png
+from etherdiff.images.png import save_png
 from etherdiff.runs.folder import RunFolder, write_settings
 from etherdiff.tasks.subjects import prompts_for
 

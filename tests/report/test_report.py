@@ -9,7 +9,7 @@ from report_runs import picture, write_curves, write_evaluation, write_run, writ
 from test_markup import HOSTILE, Parsed
 
 from etherdiff.families.bases import find_base, load_base
-from etherdiff.images.reading import save_png
+from etherdiff.images.png import save_png
 from etherdiff.report import write_report
 from etherdiff.report.album import Album
 from etherdiff.system.errors import UserError

@@ -8,7 +8,7 @@ from torch import nn
 
 from etherdiff.config import DreamBoothConfig
 from etherdiff.families.bases import encode_prompts, find_base, load_base
-from etherdiff.images.reading import resize_and_crop
+from etherdiff.images.crops import resize_and_crop
 from etherdiff.tasks import prepare
 from etherdiff.tasks.dreambooth_data import DreamBoothData, DreamBoothTask, Moments
 from etherdiff.tasks.prepare import cached_moments, cached_text

@@ -11,7 +11,7 @@ from subject_photos import draw_subject
 
 from etherdiff.config import DreamBoothConfig
 from etherdiff.families.bases import make_pipeline
-from etherdiff.images.reading import read_png_settings
+from etherdiff.images.png import read_png_settings
 from etherdiff.tasks import prepare
 from etherdiff.tasks.planning import plan_dreambooth
 from etherdiff.tasks.prepare import class_seed, make_class_images

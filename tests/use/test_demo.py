@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from etherdiff.eval.metrics import SUBJECT_METRICS
-from etherdiff.images.reading import PADDING
+from etherdiff.images.sheets import PADDING
 from etherdiff.runs.result import read_result
 from etherdiff.system.errors import UserError
 from etherdiff.system.terminal import console
