@@ -5,7 +5,7 @@ PINS := requirements.lock
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-quick test-all test-oldest test-newest lint bench soak lock clean
+.PHONY: demo test test-quick test-all test-oldest test-newest lint docs bench soak lock clean
 
 demo: $(READY)            ## the whole job on a subject of the tiny world, into demo/
 	rm -rf demo
@@ -31,8 +31,13 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(READY)            ## build the documentation and serve it on http://127.0.0.1:8000
+	$(BIN)/python scripts/make_reference.py
+	$(BIN)/python -m sphinx -W -q -b html docs build/docs
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory build/docs 8000
+
 bench: $(READY)           ## what an adapter costs, beside its peers (about 15 minutes on 2 cores)
-	$(BIN)/python benchmarks/adapter_step.py --json benchmarks/adapter_step.json
+	$(BIN)/python benchmarks/adapter_step.py --json adapter_step.json
 
 soak: $(READY)            ## kill, corrupt and resume a tiny run 50 times (about 20 minutes); KILLS=5 for a short one
 	$(BIN)/python benchmarks/soak.py --kills $(or $(KILLS),50)

@@ -1,6 +1,6 @@
 """One prompt at every learning rate, a row per method, from a sweep that was made and scored (paper, Figure 8).
 
-    python scripts/draw_rates.py sweeps/learning-rate-dreambooth --prompt 12 --output docs/rates.png
+    python scripts/draw_rates.py sweeps/learning-rate-dreambooth --prompt 12 --output rates.png
 
 A cross stands where a run diverged.
 """

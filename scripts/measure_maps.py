@@ -1,6 +1,6 @@
 """How well maps of the tiny world are followed: ETHER+ and the control encoder alone, on test maps (about 25 minutes each).
 
-    python scripts/measure_maps.py --json benchmarks/tiny_maps.json --picture docs/maps.png
+    python scripts/measure_maps.py --json maps.json --picture maps.png
 
 Each method is trained and scored with the command line as it stands, once with the control in both halves of guidance, as
 in the paper, and once with `--guide-control`; what is finished is not done again.

@@ -1,6 +1,6 @@
 """What ETHER+ learns of the tiny world's test subjects: likeness to images nobody trained on, and prompts still followed.
 
-    python scripts/measure_subjects.py --json benchmarks/tiny_subjects.json --picture docs/subjects.png   # 4 minutes each
+    python scripts/measure_subjects.py --json subjects.json --picture subjects.png   # 4 minutes each
 
 Each subject is trained and scored with the command line as it stands; what is finished is not done again.
 """

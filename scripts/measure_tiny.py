@@ -1,6 +1,6 @@
 """How good the tiny models that come with etherdiff are, on test scenes that none of them was trained on (10 minutes).
 
-python scripts/measure_tiny.py --guidance-scale 9 --json benchmarks/tiny_world.json
+python scripts/measure_tiny.py --guidance-scale 9 --json tiny_world.json
 """
 
 import json

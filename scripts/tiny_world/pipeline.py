@@ -80,7 +80,7 @@ def _write_card(model: Denoiser, vae: AutoencoderKL, work: Path, folder: Path, f
         "tiny-sd",
         "A Stable Diffusion of etherdiff's tiny world: 64 px pictures, 16 x 16 latents, the classes and files of Stable "
         "Diffusion 1.5. `StableDiffusionPipeline.from_pretrained` opens it. The word `sks`, in no caption, is for DreamBooth. "
-        "How often it draws what a caption asks for: benchmarks/tiny_world.json in etherdiff's repository.",
+        "How often it draws what a caption asks for: docs/results in etherdiff's repository.",
         "AutoencoderKL; UNet2DConditionModel with cross-attention at 16 x 16, 8 x 8 and in the middle; CLIPTextModel and a "
         "CLIPTokenizer of CLIP's commonest merges",
         parameter_count(vae) + parameter_count(model),
