@@ -68,7 +68,7 @@ EXCEPTIONS = {
     "etherdiff.use.demo": {"run"},
 }
 """Modules that still look up, and to where."""
-LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in sorted(rooms)}
 
 
 def room_of(name: str) -> str:
