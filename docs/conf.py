@@ -3,7 +3,6 @@
 project = "etherdiff"
 author = "The etherdiff authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
-myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = "etherdiff"
