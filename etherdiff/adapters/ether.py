@@ -1,6 +1,7 @@
 """ETHER and ETHER+ (Bini et al., ICML 2024) as a PEFT tuner; importing this module registers them with PEFT."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -9,8 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from etherdiff.adapters.reflection import ReflectedLinear, update_factors
+from etherdiff.adapters.layers import Draw, Reach
+from etherdiff.adapters.reflection import ReflectedLinear, at_angle, distance_from_identity, update_factors
 from etherdiff.adapters.tuner import BlocksConfig, UpdateLayer, UpdateTuner, register
+
+REFLECTION_DISTANCE = 2.0
+"""‖H - I‖_F of a block of ETHER, always."""
 
 
 class EtherType(str, Enum):  # noqa: UP042  PEFT writes and reads the plain string
@@ -47,6 +52,8 @@ class EtherConfig(BlocksConfig):
 class EtherLayer(UpdateLayer):
     """y = H̃ W H x + b, with H (in, in) and H̃ (out, out) never built; parameters (blocks, features/blocks), float32."""
 
+    peft_type = "ETHER"
+    why_no_lora = None
     adapter_layer_names = ("ether_u", "ether_v", "ether_u_out", "ether_v_out")
 
     def new_parameters(self, config: EtherConfig) -> dict[str, Tensor]:
@@ -68,6 +75,33 @@ class EtherLayer(UpdateLayer):
     def update_matrices(self, adapter: str, weight: Tensor) -> tuple[Tensor, ...]:
         down, up = update_factors(weight, *self._vectors(adapter))  # type: ignore[arg-type]
         return up, down
+
+    def transformations(self, name: str) -> tuple[float | None, float | None]:
+        u, v, u_out, v_out = self._vectors(name)
+        input_side = None if u is None else distance_from_identity(u, v)
+        return input_side, None if u_out is None else distance_from_identity(u_out, v_out)
+
+    def _sides(self, name: str) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """u and, for ETHER+, v of the input side and of the output side, as far as there are."""
+        u, v, u_out, v_out = self._vectors(name)
+        yield from ((one, other) for one, other in ((u, v), (u_out, v_out)) if one is not None)
+
+    def reach(self, name: str) -> Reach | None:
+        """‖v̂v̂ᵀ − ûûᵀ‖_F = √2 sin θ, θ the angle between u and v: there is none between single numbers."""
+        sides = list(self._sides(name))
+        if sides[0][1] is None:
+            return Reach(REFLECTION_DISTANCE, REFLECTION_DISTANCE, True)
+        return Reach(0.0, math.sqrt(2) if min(u.shape[-1] for u, _ in sides) > 1 else 0.0, True)
+
+    def random_parameters(self, name: str, distance: float, draw: Draw) -> Iterator[tuple[Any, Tensor]]:
+        for u, v in self._sides(name):
+            yield u, (chosen := draw(*u.shape))
+            if v is not None:
+                yield v, at_angle(chosen, draw(*u.shape), math.asin(min(1.0, distance / math.sqrt(2))))
+
+    def lora_factors(self, name: str) -> tuple[Tensor, Tensor]:
+        up, down = self.update_matrices(name, self.original_weight().float())
+        return down, self.scale[name] * up
 
     def forward_with(self, active: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if len(active) != 1 or not self._can_fuse(active[0]):

@@ -8,7 +8,7 @@ Full fine-tuning, which has no PEFT type, is stored alike: the type is FULL and 
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from etherdiff.adapters import magnitude, methods  # noqa: F401  registers every type below with PEFT
-from etherdiff.adapters.boft import quiet_boft
+from etherdiff.adapters.layers import quiet_boft
+from etherdiff.adapters.methods import METHODS, adapter_layers, layer_types, method_of, peft_type_of, tuner_layers
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import save_tensors, staged_folder
 
@@ -31,14 +31,6 @@ CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "bas
 PICKLE = "adapter_model.bin"
 MODEL_CARD = "README.md"  # written by plain PEFT, not by us
 FULL, MAGNITUDE = "FULL", "MAGNITUDE"
-SCALABLE = frozenset({"ETHER", "NAIVE", MAGNITUDE, "LORA", FULL})
-TYPES = SCALABLE | {"OFT", "BOFT", "HRA", "VERA"}
-ETHER_METHODS = {
-    ("ether", False): "ether",
-    ("ether", True): "ether two-sided",
-    ("ether+", False): "ether+one-sided",
-    ("ether+", True): "ether+",
-}
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Layer name -> down (r, in) and up (out, r), with up @ down the layer's weight update."""
@@ -63,8 +55,7 @@ class SavedAdapter:
     @property
     def method(self) -> str:
         """The method's name, as in `methods.METHODS` where it is one of those."""
-        variant = self.config.get("variant"), self.config.get("two_sided")  # only ETHER's have these
-        return ETHER_METHODS.get(variant, self.peft_type.lower())  # type: ignore[arg-type]
+        return method_of(self.config)
 
     @property
     def base_name(self) -> str:
@@ -90,10 +81,10 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     """
     folder = _find(Path(folder).expanduser())
     config = _read_json(folder / CONFIG)
-    if config.get("peft_type") not in TYPES:
+    if config.get("peft_type") not in layer_types():
         raise UserError(
             f"adapter {folder}: its type {config.get('peft_type')!r} is unknown here. "
-            f"etherdiff reads {', '.join(sorted(TYPES))}."
+            f"etherdiff reads {', '.join(sorted(layer_types()))}."
         )
     if not (folder / WEIGHTS).is_file():
         raise UserError(_no_weights(folder))
@@ -216,7 +207,7 @@ def load_adapter(
         raise
     set_peft_model_state_dict(adapted, tensors, adapter_name=name)
     if scale != 1:
-        for layer in _adapter_layers(adapted).values():
+        for layer in tuner_layers(adapted).values():
             layer.set_scale(name, scale)
     _activate_all(adapted)
     return adapted.train(training)  # new layers are in training mode whatever the UNet is in, and would drop out
@@ -254,8 +245,7 @@ def merge_adapter(model: nn.Module) -> UNet2DConditionModel:
     """
     if isinstance(model, PeftModel):
         names = model.active_adapters
-        if model.peft_type == "OFT":
-            # PEFT 0.21 merges several OFT adapters in the opposite order of its forward pass
+        if layer_types()[peft_type_of(model.peft_config[names[0]])].merges_backwards:
             names = names[::-1]
         try:
             unet = model.merge_and_unload(safe_merge=True, adapter_names=names)
@@ -278,12 +268,13 @@ def _check_combination(model: nn.Module, saved: SavedAdapter, name: str, scale: 
         )
     if name in adapter_names(model):
         raise ValueError(f"the model has an adapter named {name!r} already")
-    if not isinstance(model, PeftModel) and _adapter_layers(model):
+    if not isinstance(model, PeftModel) and tuner_layers(model):
         raise ValueError("give what the first load_adapter returned: this UNet carries an adapter inside")
-    if scale != 1 and saved.peft_type not in SCALABLE:
+    if scale != 1 and not layer_types()[saved.peft_type].is_scalable:
+        *scalable, last = (name for name, method in METHODS.items() if method.layer.is_scalable)
         raise UserError(
             f"adapter {saved.folder}: {saved.method} has no scale, so {scale:g} cannot be applied; it works at 1 only. "
-            "ether, ether+, ether+one-sided, naive, lora and full can be scaled."
+            f"{', '.join(scalable)} and {last} can be scaled."
         )
 
 
@@ -312,10 +303,10 @@ def _take_out(model: nn.Module, name: str) -> None:
     """Undo `_insert` of this adapter, also where it stopped half way."""
     if isinstance(model, PeftModel):
         model.peft_config.pop(name, None)
-        for layer in _adapter_layers(model).values():
+        for layer in tuner_layers(model).values():
             layer.delete_adapter(name)
         return
-    for layer_name, layer in _adapter_layers(model).items():
+    for layer_name, layer in tuner_layers(model).items():
         model.set_submodule(layer_name, layer.get_base_layer())
     _forget_peft(model)
 
@@ -325,17 +316,7 @@ def _configs(model: nn.Module) -> dict[str, PeftConfig]:
 
 
 def _peft_types(model: nn.Module) -> set[str]:
-    return {_peft_type(config) for config in _configs(model).values()}
-
-
-def _peft_type(config: PeftConfig) -> str:
-    return config.peft_type.value  # type: ignore[union-attr]  # set by every subclass
-
-
-def _adapter_layers(model: nn.Module) -> dict[str, Any]:
-    """The UNet's layers that carry an adapter, by their names in the plain UNet."""
-    unet = model.get_base_model() if isinstance(model, PeftModel) else model
-    return {name: module for name, module in unet.named_modules() if isinstance(module, BaseTunerLayer)}
+    return {peft_type_of(config) for config in _configs(model).values()}
 
 
 def _forget_peft(unet: nn.Module) -> None:
@@ -391,16 +372,10 @@ def _activate_all(model: PeftModel) -> None:
 
 def refuse_inexact_lora(peft_type: str) -> None:
     """UserError, saying why and what to do instead, where an adapter's update has no exact form of low rank."""
-    reasons = {
-        FULL: "full fine-tuning changes every weight, not linear layers by a low-rank update",
-        "OFT": "its rotations change the weights by matrices of full rank",
-        "BOFT": "its rotations change the weights by matrices of full rank",
-        "NAIVE": "its block-diagonal factors change the weights by matrices of full rank",
-        "MAGNITUDE": "a factor per neuron changes the weights by matrices of full rank",
-    }
-    if peft_type in reasons:
+    why = layer_types()[peft_type].why_no_lora
+    if why is not None:
         raise UserError(
-            f"an adapter of type {peft_type} cannot be exact as a LoRA, because {reasons[peft_type]}. "
+            f"an adapter of type {peft_type} cannot be exact as a LoRA, because {why}. "
             "Use `etherdiff merge` for a plain pipeline, or `etherdiff export --format peft` for the adapter itself."
         )
 
@@ -413,12 +388,9 @@ def lora_factors(model: nn.Module, name: str = "default") -> Factors:
     weights they were computed from. UserError for methods whose update is not of low rank.
     """
     configs = _configs(model)
-    peft_type = _peft_type(configs[name]) if configs else FULL
-    refuse_inexact_lora(peft_type)
+    refuse_inexact_lora(peft_type_of(configs[name]) if configs else FULL)
     _refuse_lora_extras(configs[name])
-    parameter, factors = _LORA_FORMS[peft_type]
-    layers = {key: layer for key, layer in _adapter_layers(model).items() if name in getattr(layer, parameter)}
-    return {key: _of_least_rank(*factors(layer, name)) for key, layer in layers.items()}
+    return {key: _of_least_rank(*layer.lora_factors(name)) for key, layer in adapter_layers(model, name).items()}
 
 
 def _refuse_lora_extras(config: PeftConfig) -> None:
@@ -441,36 +413,3 @@ def _of_least_rank(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         else:
             down, up = product, torch.eye(out_features, device=up.device)
     return down.float().contiguous(), up.float().contiguous()
-
-
-def _ether_factors(layer: Any, name: str) -> tuple[Tensor, Tensor]:
-    up, down = layer.update_matrices(name, layer.original_weight().float())
-    return down, layer.scale[name] * up
-
-
-def _lora_factors(layer: Any, name: str) -> tuple[Tensor, Tensor]:
-    if not isinstance(layer.get_base_layer(), nn.Linear):
-        raise UserError("only LoRA on linear layers can be exported, and this one has others: use `etherdiff merge`.")
-    return layer.lora_A[name].weight, layer.scaling[name] * layer.lora_B[name].weight
-
-
-def _hra_factors(layer: Any, name: str) -> tuple[Tensor, Tensor]:
-    """W Q - W = (W (Q - I) B) Bᵀ, with B an orthonormal basis of the span of the reflections' vectors."""
-    basis = torch.linalg.qr(layer.hra_u[name].double()).Q
-    rotation = layer.get_delta_weight(name).double()  # PEFT's name for Q itself
-    moved = rotation @ basis - basis
-    return basis.T, layer.get_base_layer().weight.double() @ moved
-
-
-def _vera_factors(layer: Any, name: str) -> tuple[Tensor, Tensor]:
-    down = layer.vera_lambda_d[name][:, None] * layer.vera_A[name][:, : layer.in_features]
-    return down, layer.vera_lambda_b[name][:, None] * layer.vera_B[name][: layer.out_features]
-
-
-# type -> a parameter that every adapted layer has, and the factors
-_LORA_FORMS: dict[str, tuple[str, Callable[[Any, str], tuple[Tensor, Tensor]]]] = {
-    "ETHER": ("ether_u", _ether_factors),
-    "LORA": ("lora_A", _lora_factors),
-    "HRA": ("hra_u", _hra_factors),
-    "VERA": ("vera_lambda_b", _vera_factors),
-}

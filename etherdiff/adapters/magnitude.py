@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from etherdiff.adapters.layers import norm
 from etherdiff.adapters.tuner import UpdateConfig, UpdateLayer, UpdateTuner, register
 
 
@@ -32,6 +33,8 @@ class MagnitudeConfig(UpdateConfig):
 class MagnitudeLayer(UpdateLayer):
     """y = m ⊙ (W x) + b; `magnitude_factor` is (out,), float32."""
 
+    peft_type = "MAGNITUDE"
+    why_no_lora = "a factor per neuron changes the weights by matrices of full rank"
     adapter_layer_names = ("magnitude_factor",)
     magnitude_factor: nn.ParameterDict
 
@@ -40,6 +43,9 @@ class MagnitudeLayer(UpdateLayer):
 
     def update_matrices(self, adapter: str, weight: Tensor) -> tuple[Tensor, ...]:
         return ((self.magnitude_factor[adapter] - 1)[:, None] * weight,)
+
+    def transformations(self, name: str) -> tuple[float | None, float | None]:
+        return None, norm(self.magnitude_factor[name] - 1)
 
     def forward_with(self, active: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)

@@ -1,5 +1,7 @@
 """The paper's "Naive" baseline (section 5): a multiplicative block-diagonal matrix without any constraint."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from etherdiff.adapters.layers import Draw, Reach, from_identity
 from etherdiff.adapters.tuner import BlocksConfig, UpdateLayer, UpdateTuner, register
 
 
@@ -27,6 +30,8 @@ class NaiveConfig(BlocksConfig):
 class NaiveLayer(UpdateLayer):
     """y = W N x + b; `naive_matrix` is (blocks, in/blocks, in/blocks), float32."""
 
+    peft_type = "NAIVE"
+    why_no_lora = "its block-diagonal factors change the weights by matrices of full rank"
     adapter_layer_names = ("naive_matrix",)
     naive_matrix: nn.ParameterDict
 
@@ -44,6 +49,16 @@ class NaiveLayer(UpdateLayer):
         blocks = weight.reshape(len(weight), len(departure), -1).transpose(0, 1)
         return ((blocks @ departure).transpose(0, 1).reshape(weight.shape),)
 
+    def transformations(self, name: str) -> tuple[float | None, float | None]:
+        return from_identity(self.naive_matrix[name]), None
+
+    def reach(self, name: str) -> Reach | None:
+        return Reach(0.0, math.inf, False)
+
+    def random_parameters(self, name: str, distance: float, draw: Draw) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        matrix = self.naive_matrix[name]
+        yield matrix, away_from_identity(draw(*matrix.shape), distance)
+
     def forward_with(self, active: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # the updates act on the input, so their sum costs one product with W however many are active
         moved = x
@@ -54,6 +69,12 @@ class NaiveLayer(UpdateLayer):
             update = torch.einsum("...nj,nij->...ni", update_input, departure).reshape(x.shape)
             moved = moved + self.scale[name] * update.to(x.dtype)
         return self.base_layer(moved, *args, **kwargs)
+
+
+def away_from_identity(departure: Tensor, distance: float) -> Tensor:
+    """I + G with each ‖G‖_F = distance; departure, G's direction: (n, size, size)."""
+    length = torch.linalg.matrix_norm(departure, keepdim=True)
+    return torch.eye(departure.shape[-1], dtype=departure.dtype) + distance * departure / length
 
 
 class NaiveModel(UpdateTuner):

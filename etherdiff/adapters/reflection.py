@@ -12,6 +12,7 @@ Shapes: n blocks of a layer with d features have vectors (n, d/n); L and R are (
 `weight` is torch's (out, in). No function here builds a d x d matrix other than a weight.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -105,6 +106,22 @@ def update_factors(
         return right, up
     left_out, right_out = left_right(normalise(u_out, v_out), u.dtype)
     return torch.cat([right, right_out @ weight]), torch.cat([up + left_out.T @ (right_out @ up), left_out.T], dim=1)
+
+
+def distance_from_identity(u: Tensor, v: Tensor | None) -> float:
+    """‖H - I‖_F = ‖Lᵀ R‖_F, by the k x k products of its factors; H is not built."""
+    left, right = left_right(normalise(u, v), u.dtype)
+    return math.sqrt(max(0.0, float(((left @ left.T) * (right @ right.T)).sum())))
+
+
+def at_angle(u: Tensor, other: Tensor, angle: float) -> Tensor:
+    """v, each row at `angle` from the line of u's, towards `other`; all (n, size). At 0 it is −û, as where ETHER+ starts."""
+    unit = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True)
+    if angle == 0:
+        return -unit
+    across = other - (other * unit).sum(-1, keepdim=True) * unit
+    across /= torch.linalg.vector_norm(across, dim=-1, keepdim=True)
+    return -(math.cos(angle) * unit + math.sin(angle) * across)
 
 
 class ReflectedLinear(torch.autograd.Function):

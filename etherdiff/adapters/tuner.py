@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import reduce
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from peft.config import PeftConfig
@@ -29,6 +29,8 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
+
+from etherdiff.adapters.layers import AdapterLayer
 
 
 @dataclass
@@ -94,9 +96,10 @@ class BlocksConfig(UpdateConfig):
         return f"{' and '.join(wrong)} do not divide into {self.blocks} blocks (blocks that do: {shown})"
 
 
-class UpdateLayer(nn.Module, BaseTunerLayer):
+class UpdateLayer(nn.Module, BaseTunerLayer, AdapterLayer):
     """A linear layer (out, in) plus the weight updates of its active adapters."""
 
+    is_scalable = True
     other_param_names = ("dropout_probability", "scale")
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -129,6 +132,19 @@ class UpdateLayer(nn.Module, BaseTunerLayer):
         for matrix in reversed(self.update_matrices(adapter, weight)):
             x = F.linear(x, matrix.to(x.dtype))
         return x
+
+    # --- what it says of itself (see AdapterLayer) -------------------------------------------------------------------
+
+    @property
+    def layer(self) -> Self:
+        return self
+
+    @classmethod
+    def of(cls, layer: Any) -> Self:
+        return layer
+
+    def weight_update(self, name: str) -> Tensor:
+        return _product(self.update_matrices(name, self.linear_weight()))  # `merge` works in float32
 
     # --- adapters by name --------------------------------------------------------------------------------------------
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from etherdiff.adapters.ether import REFLECTION_DISTANCE
 from etherdiff.adapters.io import save_adapter
 from etherdiff.adapters.methods import TARGETS, MethodOptions, add_adapter, resolve_options
-from etherdiff.adapters.perturbation import ETHER_DISTANCE, distance_problem, perturb_adapter
+from etherdiff.adapters.perturbation import distance_problem, perturb_adapter
 from etherdiff.config import PerturbConfig
 from etherdiff.families.bases import Base, find_base, fingerprint, load_base
 from etherdiff.runs.folder import RunFolder, write_settings
@@ -60,7 +61,7 @@ def plan_perturbation(config: PerturbConfig) -> PerturbPlan:
     base = problems.attempt(lambda: find_base(config.base, config.prediction_type))
     subject = problems.attempt(lambda: find_subject(config.subject, root))
     class_noun = problems.attempt(lambda: class_noun_of(config, subject))
-    distance = ETHER_DISTANCE if config.distance is None and config.method == "ether" else config.distance
+    distance = REFLECTION_DISTANCE if config.distance is None and config.method == "ether" else config.distance
     if distance is None:
         problems.found.append(f"distance: say how far {config.method}'s matrices are to be from the identity, for instance 1")
     given = MethodOptions(TARGETS[config.targets], config.blocks)

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from etherdiff.adapters import EtherConfig
 from etherdiff.adapters.drift import adapter_drift
+from etherdiff.adapters.layers import scaled_skew
 from etherdiff.adapters.methods import METHODS, MethodOptions, add_adapter
-from etherdiff.adapters.perturbation import at_angle, away_from_identity, distance_problem, perturb_adapter, scaled_skew
+from etherdiff.adapters.naive import away_from_identity
+from etherdiff.adapters.perturbation import distance_problem, perturb_adapter
+from etherdiff.adapters.reflection import at_angle
 
 SQUARE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"  # 16 features
 
