@@ -52,7 +52,6 @@ class EtherConfig(BlocksConfig):
 class EtherLayer(UpdateLayer):
     """y = H̃ W H x + b, with H (in, in) and H̃ (out, out) never built; parameters (blocks, features/blocks), float32."""
 
-    peft_type = "ETHER"
     why_no_lora = None
     adapter_layer_names = ("ether_u", "ether_v", "ether_u_out", "ether_v_out")
 

@@ -8,6 +8,7 @@ Full fine-tuning, which has no PEFT type, is stored alike: the type is FULL and 
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from diffusers import UNet2DConditionModel
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -68,10 +69,23 @@ class SavedAdapter:
         try:
             return load_file(self.folder / WEIGHTS)
         except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{self.folder / WEIGHTS} is truncated or damaged ({error}): copy it again from where it was made, "
-                "or save it again from a checkpoint."
-            ) from error
+            raise self._damaged(error) from error
+
+    def trained_parameters(self) -> int:
+        """How many numbers were trained, by the file's header. UserError where the file is damaged."""
+        untrained = layer_types()[self.peft_type].untrained
+        try:
+            with safe_open(self.folder / WEIGHTS, "pt") as file:
+                trained = [name for name in file.keys() if name.split(".")[-1] not in untrained]  # noqa: SIM118  no mapping
+                return sum(math.prod(file.get_slice(name).get_shape()) for name in trained)
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> UserError:
+        return UserError(
+            f"{self.folder / WEIGHTS} is truncated or damaged ({error}): copy it again from where it was made, "
+            "or save it again from a checkpoint."
+        )
 
 
 def read_adapter(folder: str | Path) -> SavedAdapter:

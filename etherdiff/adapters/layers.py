@@ -36,8 +36,6 @@ class Reach(NamedTuple):
 class AdapterLayer:
     """A layer and its adapters, each by its name. As it stands, one of PEFT's of a method that only adds to the weight."""
 
-    peft_type: ClassVar[str] = ""
-    """The type in adapter_config.json."""
     is_scalable: ClassVar[bool] = False
     """Whether its update can be multiplied by a factor other than 1."""
     why_no_lora: ClassVar[str | None] = "nothing here writes its update as matrices of low rank"
@@ -103,7 +101,6 @@ def from_identity(matrices: Tensor) -> float:
 class WholeModel(AdapterLayer):
     """Full fine-tuning: it has no layers of its own, and stands in the table for what it cannot do."""
 
-    peft_type = "FULL"
     is_scalable = True
     why_no_lora = "full fine-tuning changes every weight, not linear layers by a low-rank update"
 
@@ -111,7 +108,6 @@ class WholeModel(AdapterLayer):
 class LoraLayer(AdapterLayer):
     """W' = W + s B A."""
 
-    peft_type = "LORA"
     is_scalable = True
     why_no_lora = None
 
@@ -125,7 +121,6 @@ class LoraLayer(AdapterLayer):
 class VeraLayer(AdapterLayer):
     """W' = W + diag(b) B diag(d) A, with A and B shared by all layers and not trained."""
 
-    peft_type = "VERA"
     why_no_lora = None
     untrained = ("vera_A", "vera_B")
 
@@ -138,7 +133,6 @@ class VeraLayer(AdapterLayer):
 class HraLayer(AdapterLayer):
     """W' = W Q, with Q a chain of reflections."""
 
-    peft_type = "HRA"
     why_no_lora = None
 
     def transformations(self, name: str) -> tuple[float | None, float | None]:
@@ -157,7 +151,6 @@ class HraLayer(AdapterLayer):
 class OftLayer(AdapterLayer):
     """W' = W Q, with Q block-diagonal and each block the Cayley transform of a skew matrix."""
 
-    peft_type = "OFT"
     why_no_lora = FULL_RANK_ROTATIONS
     merges_backwards = True  # PEFT 0.21 merges in the opposite order of its forward pass
 
@@ -176,7 +169,6 @@ class OftLayer(AdapterLayer):
 class BoftLayer(AdapterLayer):
     """W' = diag(s) W Q, with Q a product of permuted block-diagonal rotations."""
 
-    peft_type = "BOFT"
     why_no_lora = FULL_RANK_ROTATIONS
 
     def transformations(self, name: str) -> tuple[float | None, float | None]:

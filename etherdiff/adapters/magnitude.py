@@ -33,7 +33,6 @@ class MagnitudeConfig(UpdateConfig):
 class MagnitudeLayer(UpdateLayer):
     """y = m ⊙ (W x) + b; `magnitude_factor` is (out,), float32."""
 
-    peft_type = "MAGNITUDE"
     why_no_lora = "a factor per neuron changes the weights by matrices of full rank"
     adapter_layer_names = ("magnitude_factor",)
     magnitude_factor: nn.ParameterDict

@@ -5,6 +5,7 @@ A new method is one entry here, its name in `config.MethodName` and one recipe p
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +81,7 @@ class Method:
     bound: str | None = None
     """How far its transformations can be from the identity, as a sentence; None where there is no limit."""
 
-    @property
+    @cached_property
     def peft_type(self) -> str:
         """The type in adapter_config.json."""
         return "FULL" if self.config is None else peft_type_of(self.config(self.defaults))
@@ -222,8 +223,6 @@ METHODS: dict[str, Method] = {
         style=Style(1, "black", "s"),
     ),
 }
-REFITTED = "+magnitude"
-"""Ending of the label of a run whose magnitudes were re-fitted."""
 OTHER_STYLES = {"none": Style(0, "grey", "H"), "oft+magnitude": Style(7, "sky", "v", "dashed")}
 """Styles of runs that are of no method in the table: the control encoder alone, and re-fitted magnitudes."""
 

@@ -30,7 +30,6 @@ class NaiveConfig(BlocksConfig):
 class NaiveLayer(UpdateLayer):
     """y = W N x + b; `naive_matrix` is (blocks, in/blocks, in/blocks), float32."""
 
-    peft_type = "NAIVE"
     why_no_lora = "its block-diagonal factors change the weights by matrices of full rank"
     adapter_layer_names = ("naive_matrix",)
     naive_matrix: nn.ParameterDict

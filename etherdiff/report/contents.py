@@ -20,7 +20,6 @@ from etherdiff.use.export import trained_on
 
 _NUMBERED = re.compile(r"(\d+)-(.*)")
 _STEP = re.compile(r"step-(\d+)")
-_SHARED_PROJECTIONS = ("vera_A", "vera_B")  # saved with the adapter, but drawn at random and not trained
 Images = dict[int, Path]
 """Seed -> image."""
 
@@ -201,11 +200,10 @@ def _adapter_size(run: RunFolder) -> tuple[int | None, int | None]:
     """Trained numbers and bytes of the saved adapter; None where there is none."""
     try:
         saved = read_adapter(run.adapter)
-        tensors = saved.tensors()
+        trained = saved.trained_parameters()
     except UserError:
         return None, None
-    trained = (tensor.numel() for name, tensor in tensors.items() if name.split(".")[-1] not in _SHARED_PROJECTIONS)
-    return sum(trained), sum(path.stat().st_size for path in saved.folder.iterdir())
+    return trained, sum(path.stat().st_size for path in saved.folder.iterdir())
 
 
 def _recorded_base(provenance: Mapping[str, Any]) -> Base | None:

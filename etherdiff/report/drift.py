@@ -4,16 +4,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from etherdiff.adapters.drift import LayerDrift
+from etherdiff.adapters.methods import METHODS
 from etherdiff.report.charts import Point, Series, chart
 from etherdiff.report.contents import Contents
 from etherdiff.report.markup import Html, details, facts, join, table, tag
 from etherdiff.report.numbers import score
-
-BOUNDS = {
-    "ether": "ETHER is a reflection: every block is at distance 2 from the identity, always.",
-    "ether+": "ETHER+ cannot go further than √2 per block and side, √(2n) for n blocks.",
-    "ether+one-sided": "One-sided ETHER+ cannot go further than √2 per block, √(2n) for n blocks.",
-}
 
 
 def drift_section(contents: Contents) -> Html:
@@ -22,7 +17,8 @@ def drift_section(contents: Contents) -> Html:
     if not found:
         return tag("p", contents.why_no_drift, class_="note")
     multiplies = any(drift.input_side is not None or drift.output_side is not None for drift in found.values())
-    bound = BOUNDS.get(contents.config.method) if multiplies else "The method adds to the weights: it has no transformation."
+    method = METHODS.get(contents.config.method)
+    bound = method and method.bound if multiplies else "The method adds to the weights: it has no transformation."
     transformation = chart(
         "Transformation distance ‖T − I‖",
         [

@@ -7,10 +7,10 @@ the same colour in every figure. Equal figures are equal bytes.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from etherdiff.adapters.methods import Style, label_styles
 from etherdiff.results.curves import STEP, Figure, Line, Panel
-from etherdiff.results.keys import METHOD_ORDER
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import staged_file
 
@@ -20,42 +20,27 @@ if TYPE_CHECKING:
 Values = tuple[str, ...]
 
 FORMATS = (".png", ".svg")
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
-    *("#000000", "#E69F00", "#56B4E9", "#009E73", "#C9B400", "#0072B2", "#D55E00", "#CC79A7"),
-)
-GREY = "#7A7A7A"
+COLOURS = {
+    "black": "#000000",
+    "grey": "#7A7A7A",
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+    "green": "#009E73",
+    "yellow": "#C9B400",
+    "blue": "#0072B2",
+    "vermilion": "#D55E00",
+    "purple": "#CC79A7",
+}
 DIVERGED, PAPER = "_diverged", "_paper"
 """Labels that no legend shows by itself."""
-DASHED: Any = (0, (6, 2))
-DOTTED: Any = (0, (2, 1.5))
-
-
-class Style(NamedTuple):
-    """How a line is drawn."""
-
-    colour: str
-    marker: str
-    dashes: Any = "-"
-
-
-METHOD_STYLES = {
-    "none": Style(GREY, "H"),
-    "full": Style(BLACK, "s"),
-    "lora": Style(ORANGE, "D"),
-    "vera": Style(YELLOW, "p", DOTTED),
-    "boft": Style(SKY, "h", DOTTED),
-    "hra": Style(YELLOW, "*"),
-    "oft": Style(SKY, "^"),
-    "oft+magnitude": Style(SKY, "v", DASHED),
-    "naive": Style(PURPLE, "P"),
-    "ether": Style(GREEN, "o"),
-    "ether+one-sided": Style(BLUE, "<"),
-    "ether+": Style(VERMILION, "o"),
+DASHES: dict[str, Any] = {
+    "solid": "-",
+    "dashed": (0, (6, 2)),
+    "dotted": (0, (2, 1.5)),
+    "dash-dotted": (0, (7, 2, 1.5, 2)),
 }
-"""Those of one colour differ in marker and in dashes: where there are many points, lines have no markers."""
 PAPER_DASHES: Any = (0, (5, 4))
-OTHER_DASHES: tuple[Any, ...] = ("-", DASHED, DOTTED, (0, (7, 2, 1.5, 2)))
-OTHER_COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK, GREY)
+OTHER_COLOURS = ("blue", "vermilion", "green", "orange", "purple", "sky", "black", "grey")
 OTHER_MARKERS = ("o", "s", "^", "D", "v", "P", "<", "X", ">", "*")
 PANEL = (4.8, 3.5)
 """Inches."""
@@ -121,13 +106,14 @@ def _styles(lines: Sequence[Values]) -> dict[Values, Style]:
     """Of each line. The first key has the colour (a method its own), the others together have marker and dashes."""
     firsts = list(dict.fromkeys(first for first, *_ in lines))
     rests = list(dict.fromkeys(tuple(rest) for _, *rest in lines))
-    own = all(first in METHOD_ORDER for first in firsts)
+    known = label_styles()
+    own = all(first in known for first in firsts)
     found = {}
     for first, *rest in lines:
         place, other = firsts.index(first), rests.index(tuple(rest))
-        style = METHOD_STYLES[first] if own else Style(_nth(OTHER_COLOURS, place), _nth(OTHER_MARKERS, place))
+        style = known[first] if own else Style(place, _nth(OTHER_COLOURS, place), _nth(OTHER_MARKERS, place))
         if rest:
-            style = Style(style.colour, _nth(OTHER_MARKERS, other), _nth(OTHER_DASHES, other))
+            style = style._replace(marker=_nth(OTHER_MARKERS, other), dashes=_nth(list(DASHES), other))
         found[(first, *rest)] = style
     return found
 
@@ -159,7 +145,7 @@ def _mark_diverged(ax: "Axes", panel: Panel, styles: Mapping[Values, Style]) -> 
                 linestyle="none",
                 marker="X",
                 markersize=8,
-                color=styles[line.values].colour,
+                color=COLOURS[styles[line.values].colour],
                 markeredgecolor="white",
                 transform=ax.get_xaxis_transform(),
                 zorder=5,
@@ -180,15 +166,15 @@ def _draw_line(ax: "Axes", line: Line, style: Style, unit: float) -> None:
         shape: dict[str, Any] = {"linewidth": 1.4}
         if known:
             xs, lows, highs = zip(*known, strict=True)
-            ax.fill_between(xs, lows, highs, color=style.colour, alpha=0.15, linewidth=0)
+            ax.fill_between(xs, lows, highs, color=COLOURS[style.colour], alpha=0.15, linewidth=0)
     else:
         shape = {"marker": style.marker, "markersize": 5.5, "linewidth": 1.5}
         for x, low, high in known:
-            ax.plot([x, x], [low, high], color=style.colour, marker="_", markersize=6, linewidth=0.9)
+            ax.plot([x, x], [low, high], color=COLOURS[style.colour], marker="_", markersize=6, linewidth=0.9)
     at, means = [x for x, _ in line.points], [cell.mean / unit for _, cell in line.points]
-    ax.plot(at, means, color=style.colour, linestyle=style.dashes, label=line.name, **shape)
+    ax.plot(at, means, color=COLOURS[style.colour], linestyle=DASHES[style.dashes], label=line.name, **shape)
     if line.paper is not None:
-        ax.axhline(line.paper.value, color=style.colour, linestyle=PAPER_DASHES, linewidth=1, label=PAPER)
+        ax.axhline(line.paper.value, color=COLOURS[style.colour], linestyle=PAPER_DASHES, linewidth=1, label=PAPER)
 
 
 def _scale(ax: "Axes", figure: Figure, panel: Panel) -> None:
@@ -216,9 +202,11 @@ def _draw_legend(canvas: Any, axes: Sequence["Axes"], across: int) -> None:
             found.setdefault(label, handle)
     drawn = {line.get_label() for ax in axes for line in ax.get_lines()}
     if DIVERGED in drawn:
-        found["diverged"] = Line2D([], [], linestyle="none", marker="X", markersize=8, color=GREY, markeredgecolor="white")
+        found["diverged"] = Line2D(
+            [], [], linestyle="none", marker="X", markersize=8, color=COLOURS["grey"], markeredgecolor="white"
+        )
     if PAPER in drawn:
-        found["in the paper"] = Line2D([], [], linestyle=PAPER_DASHES, linewidth=1, color=GREY)
+        found["in the paper"] = Line2D([], [], linestyle=PAPER_DASHES, linewidth=1, color=COLOURS["grey"])
     rows = math.ceil(len(found) / (ENTRIES_ACROSS * across))
     legend = canvas.legend(
         list(found.values()), list(found), loc="outside lower center", ncols=math.ceil(len(found) / rows), frameon=False

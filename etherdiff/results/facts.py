@@ -14,7 +14,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from etherdiff import __version__
@@ -35,8 +34,6 @@ from etherdiff.system.files import file_hash, write_json
 from etherdiff.tasks.planning import method_options
 from etherdiff.use.inspection import training_estimate
 
-SHARED_PROJECTIONS = ("vera_A", "vera_B")
-"""Saved with the adapter, but drawn at random and not trained."""
 KEPT = "facts.json"
 
 
@@ -101,16 +98,7 @@ def _trainable_parameters(run: Run) -> float:
     """Trained numbers of the adapters (of a re-fitted run: both); the control encoder is not counted, as in the paper."""
     if not run.adapters and run.config.method != "none":
         raise UserError("it has no adapter")
-    return float(sum(_numbers(read_adapter(folder).folder / WEIGHTS) for folder in run.adapters))
-
-
-def _numbers(path: Path) -> int:
-    try:
-        with safe_open(path, "pt") as file:
-            trained = [name for name in file.keys() if name.split(".")[-1] not in SHARED_PROJECTIONS]  # noqa: SIM118  no mapping
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in trained)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is truncated or damaged ({error})") from error
+    return float(sum(read_adapter(folder).trained_parameters() for folder in run.adapters))
 
 
 def _step_flops(run: Run) -> float | None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from etherdiff.adapters.methods import label_styles
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 
@@ -15,11 +16,6 @@ NEUTRAL = frozenset(
 """Where a run lies and what is recorded of it: keys that its result does not depend on."""
 REPEATED = frozenset({"seed", "subject", "class_noun"})
 """What runs of one row may differ in: their scores are averaged over it."""
-METHOD_ORDER = (
-    *("none", "full", "lora", "vera", "boft", "hra", "oft", "oft+magnitude", "naive"),
-    *("ether", "ether+one-sided", "ether+"),
-)
-"""As in the paper's tables; the methods that it does not have beside their like."""
 Value = Any
 """Of a key: text, a number, a truth value or None."""
 
@@ -119,8 +115,9 @@ def _short_path(value: Any) -> str:
 
 
 def _order(value: Value) -> tuple[int, float, str]:
-    if value in METHOD_ORDER:
-        return 0, METHOD_ORDER.index(value), ""
+    styles = label_styles()
+    if value in styles:
+        return 0, styles[value].place, ""
     if isinstance(value, int | float):
         return 1, float(value), ""
     return (3, 0.0, "") if value is None else (2, 0.0, str(value))

@@ -8,9 +8,9 @@ from PIL import Image
 from synthetic_runs import change_result, write_curve, write_run, write_state
 
 from etherdiff import cli
+from etherdiff.adapters.methods import METHODS, label_styles
 from etherdiff.results.curves import CurveOptions, make_figure
-from etherdiff.results.drawing import METHOD_STYLES, draw_figure
-from etherdiff.results.keys import METHOD_ORDER
+from etherdiff.results.drawing import COLOURS, DASHES, draw_figure
 from etherdiff.results.pooling import t_interval
 from etherdiff.system.errors import UserError
 
@@ -105,9 +105,13 @@ def test_scores_that_were_computed_otherwise_are_refused(sweep):
 
 
 def test_every_method_has_a_style_of_its_own():
-    assert METHOD_STYLES.keys() == set(METHOD_ORDER)
-    assert len({(style.colour, style.marker) for style in METHOD_STYLES.values()}) == len(METHOD_STYLES)
-    assert len({(style.colour, style.dashes) for style in METHOD_STYLES.values()}) == len(METHOD_STYLES)
+    styles = label_styles()
+    assert styles.keys() == {*METHODS, "none", "oft+magnitude"}
+    assert [style.place for style in styles.values()] == list(range(len(styles)))
+    assert len({(style.colour, style.marker) for style in styles.values()}) == len(styles)
+    assert len({(style.colour, style.dashes) for style in styles.values()}) == len(styles)
+    assert {style.colour for style in styles.values()} <= COLOURS.keys()
+    assert {style.dashes for style in styles.values()} <= DASHES.keys()
 
 
 def test_a_picture_has_a_panel_for_each_quantity_and_the_same_bytes_each_time(sweep, tmp_path):
