@@ -18,11 +18,10 @@ from transformers import ResNetConfig, ResNetForImageClassification, SegformerIm
 
 from etherdiff import cli
 from etherdiff.config import DreamBoothConfig, S2IConfig
-from etherdiff.control.canny import Canny
-from etherdiff.control.landmarks import Landmarks, NoFaceError
-from etherdiff.control.pairs import ControlDataset, Pair
-from etherdiff.control.palettes import Palette
-from etherdiff.control.segmentation import Segmentation
+from etherdiff.control.datasets import ControlDataset, Pair
+from etherdiff.control.signals.canny import Canny
+from etherdiff.control.signals.landmarks import Landmarks, NoFaceError
+from etherdiff.control.signals.segmentation import Palette, Segmentation
 from etherdiff.eval import evaluate_control as module
 from etherdiff.eval import readback
 from etherdiff.eval.compare import as_markdown, cell, compare

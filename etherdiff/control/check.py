@@ -1,21 +1,14 @@
 """etherdiff data check: what is wrong with a dataset, before anything is trained on it."""
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 from rich.table import Table
 
 from etherdiff.control.datasets import in_threads, list_dataset
-from etherdiff.control.landmarks import Landmarks
-from etherdiff.control.palettes import IGNORED
-from etherdiff.control.readers.listing import Listing, Row, sentences
-from etherdiff.control.segmentation import Segmentation
-from etherdiff.control.signal import Signal
+from etherdiff.control.readers import Listing, Row, sentences
+from etherdiff.control.signals.signal import Signal
 from etherdiff.images.reading import UnreadableImage, read_image
 from etherdiff.system.files import file_hash
 
@@ -36,7 +29,7 @@ class Report:
     notes: dict[str, list[str]]
     """What need not be wrong: training goes on with it."""
     classes: dict[str, float] | None
-    """Of segmentation: the share of each class, and of none, in all pixels."""
+    """Share of each class, and of none, in all pixels; None for signals without classes."""
 
     def as_json(self) -> dict[str, Any]:
         """The report; of each problem its count and its cases."""
@@ -62,8 +55,8 @@ class _Reading:
     problems: tuple[tuple[str, str], ...]
     content: str | None
     """The image's hash."""
-    classes: NDArray[np.int64] | None
-    points: int | None
+    count: Any
+    """What `signal.count` found in the control; None where that is not good."""
 
 
 def check_dataset(
@@ -84,13 +77,15 @@ def check_dataset(
     contents = [reading.content for reading in readings]
     _find_duplicates(rows, contents, listing)
     _find_silent(rows, listing)
-    _find_odd_points(rows, [reading.points for reading in readings], listing)
+    counts = [reading.count for reading in readings]
+    for kind, found in chosen.odd(counts).items():
+        for place, what in found:
+            split, row = rows[place]
+            listing.report(kind, f"{split}/{row.name}: {what}")
     if not listing.training and not listing.problems:
         listing.report("splits without a pair", "training")
     pairs = {"training": len(listing.training), "evaluation": len(listing.evaluation)}
-    maps = [reading.classes for reading in readings if reading.classes is not None]
-    classes = _shares(chosen, maps) if isinstance(chosen, Segmentation) and maps else None
-    return Report(name, chosen.name, pairs, listing.problems, _long_captions(rows), classes)
+    return Report(name, chosen.name, pairs, listing.problems, _long_captions(rows), chosen.shares(counts))
 
 
 def render(report: Report) -> Table:
@@ -109,7 +104,7 @@ def render(report: Report) -> Table:
 def _read(signal: Signal, split: str, row: Row) -> _Reading:
     where = f"{split}/{row.name}"
     problems: list[tuple[str, str]] = []
-    content = size = classes = points = None
+    content = size = count = None
     try:
         content = file_hash(row.image)
         size = read_image(row.image).size
@@ -118,18 +113,12 @@ def _read(signal: Signal, split: str, row: Row) -> _Reading:
     if row.control is not None:
         found = signal.problems(row.control)
         problems += [("controls that are not good", f"{where}: {problem}") for problem in found]
-        if not found and isinstance(signal, Landmarks):
-            points = len(signal.target(row.control, 1))
-        elif not found and size is not None and (other := _image_size(row.control)) != size:
-            problems.append(("controls of another size than their image", f"{where}: {_text(other)}, image {_text(size)}"))
-        if not found and isinstance(signal, Segmentation):
-            classes = np.bincount(signal.labels(row.control).ravel(), minlength=IGNORED + 1)
-    return _Reading(tuple(problems), content, classes, points)
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:
-        return image.size
+        if not found:
+            count, other = signal.count(row.control), signal.size(row.control)
+            if size is not None and other not in (None, size):
+                what = f"{where}: {_text(other)}, image {_text(size)}"
+                problems.append(("controls of another size than their image", what))
+    return _Reading(tuple(problems), content, count)
 
 
 def _text(size: tuple[int, int]) -> str:
@@ -155,14 +144,6 @@ def _find_silent(rows: list[tuple[str, Row]], listing: Listing) -> None:
             listing.report("images without a caption (--make-captions has BLIP describe them)", f"{split}/{row.name}")
 
 
-def _find_odd_points(rows: list[tuple[str, Row]], points: list[int | None], listing: Listing) -> None:
-    counts = Counter(count for count in points if count is not None)
-    usual = counts.most_common(1)[0][0] if counts else None
-    for (split, row), count in zip(rows, points, strict=True):
-        if count is not None and count != usual:
-            listing.report("landmarks of another number than most", f"{split}/{row.name}: {count}, most have {usual}")
-
-
 def _long_captions(rows: list[tuple[str, Row]]) -> dict[str, list[str]]:
     from transformers import CLIPTokenizer
 
@@ -175,9 +156,3 @@ def _long_captions(rows: list[tuple[str, Row]]) -> dict[str, list[str]]:
     tokens = tokenizer([text for _, text in said], truncation=False, verbose=False).input_ids
     long = [f"{where}: {len(ids)}" for (where, _), ids in zip(said, tokens, strict=True) if len(ids) > TOKENS]
     return {f"captions whose end is not read, being longer than {TOKENS} tokens": long} if long else {}
-
-
-def _shares(signal: Segmentation, maps: list[NDArray[np.int64]]) -> dict[str, float]:
-    counts = np.sum(maps, axis=0)
-    shares = {name: float(count / counts.sum()) for name, count in zip(signal.palette.classes, counts, strict=False)}
-    return shares | ({"none": float(counts[IGNORED] / counts.sum())} if counts[IGNORED] else {})

@@ -3,48 +3,51 @@
 import difflib
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from json import dumps
 from pathlib import Path
 from typing import TypeVar
 
-from etherdiff.control.canny import Canny
 from etherdiff.control.captions import make_captions as blip_captions
-from etherdiff.control.geometry import upright_size
-from etherdiff.control.landmarks import Landmarks, find_task_file, with_size
-from etherdiff.control.pairs import ControlDataset, Pair
-from etherdiff.control.palettes import find_palette
+from etherdiff.control.readers import Listing, Row, caption_of, merged_captions, sentences
 from etherdiff.control.readers.ade20k import HUB_DATASET, find_ade20k, read_ade20k
 from etherdiff.control.readers.coco import read_coco
 from etherdiff.control.readers.hub import read_hub_dataset
 from etherdiff.control.readers.imagefolder import read_imagefolder
-from etherdiff.control.readers.listing import Listing, Row, caption_of, merged_captions, sentences
 from etherdiff.control.readers.tiny_world import read_tiny_world
-from etherdiff.control.segmentation import Segmentation
-from etherdiff.control.signal import Signal
+from etherdiff.control.signals import find_signal, make_signal
+from etherdiff.control.signals.signal import Signal
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import file_hash
 from etherdiff.system.paths import cache_dir
 from etherdiff.system.terminal import progress_bar
 
-DATASETS = {
-    "ade20k": "segmentation",
-    "tiny": "segmentation",
-    "tiny-validation": "segmentation",
-    "celebahq-landmarks": "landmarks",
-    "coco-canny": "canny",
-}
-"""Datasets with a name, and the signal of each."""
-_PALETTE_FILE = "palette.json"
-_MISSING_CAPTIONS = "images without a caption"
-_DERIVED = {"canny": ".png", "landmarks": ".json"}
-"""Signals that can be computed from an image, and the suffix of their files."""
-
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image with its control and caption; names are unique within a split."""
+
+    name: str
+    image: Path
+    control: Path
+    text: str
+
+
+@dataclass(frozen=True)
+class ControlDataset:
+    """What is trained on, and what is scored on: no pair is in both."""
+
+    name: str
+    signal: Signal
+    training: tuple[Pair, ...]
+    evaluation: tuple[Pair, ...]
+    """The dataset's validation split; the tiny world's test split. May be empty."""
 
 
 def find_dataset(
@@ -74,11 +77,11 @@ def find_dataset(
         UserError: everything that is wrong with the files by their names; `check.check_dataset` also reads them.
     """
     chosen, listing = list_dataset(name, data_root, signal, palette, captions, resolution)
-    problems = dict(listing.problems)
     silent = [row for _, row in listing.rows() if row.text is None]
-    wrong = sentences(problems)
+    wrong = sentences(listing.problems)
     if silent and not make_captions:
-        wrong += [f"{line}; --make-captions has BLIP describe them" for line in sentences({_MISSING_CAPTIONS: _names(silent)})]
+        names = {"images without a caption": [row.name for row in silent]}
+        wrong += [f"{line}; --make-captions has BLIP describe them" for line in sentences(names)]
     if not listing.training and not wrong:
         wrong.append(f"{name} has no pair to train on")
     if wrong:
@@ -86,7 +89,7 @@ def find_dataset(
     if silent:
         made = blip_captions([row.image for row in silent], device)
         texts = dict(zip((row.image for row in silent), made, strict=True))
-        _describe(listing, texts)
+        listing.change(lambda row: replace(row, text=row.text or texts[row.image]))
     _derive_controls(chosen, listing)
     return ControlDataset(name, chosen, _pairs(listing.training), _pairs(listing.evaluation))
 
@@ -104,39 +107,20 @@ def list_dataset(
     Raises:
         UserError: there is no such dataset, or nothing in it can be listed.
     """
-    if signal not in (None, *set(DATASETS.values())):
-        raise UserError(f"signal: must be segmentation, canny or landmarks, not {signal!r}")
+    named = DATASETS.get(name)
+    kind = signal or (named.signal if named else "segmentation")
+    has_palette = find_signal(kind).has_palette  # an unknown name is refused before anything is read
     if captions is not None and not captions.expanduser().is_file():
         raise UserError(f"captions: {captions} is not there")
-    kind = signal or DATASETS.get(name, "segmentation")
     listing, folder = _read(name, data_root, captions.expanduser() if captions else None)
-    if kind == "segmentation" and palette is None:
-        beside = folder and folder / _PALETTE_FILE
-        palette = _PALETTES.get(name) or (str(beside) if beside and beside.is_file() else None)
+    if has_palette and palette is None:
+        own = folder and folder / "palette.json"
+        palette = named.palette if named else str(own) if own and own.is_file() else None
     chosen = make_signal(kind, palette, resolution)
-    if name in DATASETS and kind != DATASETS[name]:  # its controls are of another signal
-        listing.training, listing.evaluation = (
-            [replace(row, control=None) for row in rows] for rows in (listing.training, listing.evaluation)
-        )
+    if named and kind != named.signal:  # its controls are of another signal
+        listing.change(lambda row: replace(row, control=None))
     _settle_controls(chosen, listing)
     return chosen, listing
-
-
-def make_signal(name: str, palette: str | None = None, resolution: int = 512) -> Signal:
-    """A signal by name; palette: of segmentation; resolution: that missing edge maps are made at.
-
-    Raises:
-        UserError: no such signal, or no such palette.
-    """
-    if name == "segmentation":
-        return Segmentation(find_palette(palette or "ade20k"))
-    if palette is not None:
-        raise UserError(f"palette: only segmentation has one, not {name}")
-    if name == "canny":
-        return Canny(resolution)
-    if name == "landmarks":
-        return Landmarks()
-    raise UserError(f"signal: must be segmentation, canny or landmarks, not {name!r}")
 
 
 def in_threads(work: Callable[[_In], _Out], items: Sequence[_In], description: str) -> list[_Out]:
@@ -151,20 +135,34 @@ def in_threads(work: Callable[[_In], _Out], items: Sequence[_In], description: s
         return results
 
 
-_PALETTES = {"ade20k": "ade20k", "tiny": "tiny", "tiny-validation": "tiny"}
+@dataclass(frozen=True)
+class NamedDataset:
+    """A dataset that is found by its name."""
+
+    signal: str
+    read: Callable[[Path | None, Path | None], Listing]
+    """Takes the data root and a caption file."""
+    palette: str | None = None
+
+
+DATASETS = {
+    "ade20k": NamedDataset("segmentation", lambda root, captions: _ade20k(root, captions), "ade20k"),
+    "tiny": NamedDataset("segmentation", lambda root, captions: _described(read_tiny_world("test"), captions), "tiny"),
+    "tiny-validation": NamedDataset(
+        "segmentation", lambda root, captions: _described(read_tiny_world("validation"), captions), "tiny"
+    ),
+    "celebahq-landmarks": NamedDataset(
+        "landmarks",
+        lambda root, captions: _described(read_imagefolder(_in_data_root("celebahq-landmarks", root)), captions),
+    ),
+    "coco-canny": NamedDataset("canny", lambda root, captions: read_coco(_in_data_root("coco-canny", root, "coco"), captions)),
+}
 
 
 def _read(name: str, data_root: Path | None, captions: Path | None) -> tuple[Listing, Path | None]:
     """What lies there, and the folder where it is the user's own."""
-    if name in ("tiny", "tiny-validation"):
-        return _described(read_tiny_world("test" if name == "tiny" else "validation"), captions), None
-    if name == "ade20k":
-        root = find_ade20k(data_root)
-        return (read_ade20k(root, captions) if root else _described(_from_hub(data_root), captions)), root
-    if name == "coco-canny":
-        return read_coco(_in_data_root("coco", name, data_root), captions), None
-    if name == "celebahq-landmarks":
-        return _described(read_imagefolder(_in_data_root(name, name, data_root)), captions), None
+    if name in DATASETS:
+        return DATASETS[name].read(data_root, captions), None
     folder = Path(name).expanduser()
     if not folder.is_dir() and data_root is not None and (data_root / name).is_dir():
         folder = data_root / name
@@ -175,6 +173,11 @@ def _read(name: str, data_root: Path | None, captions: Path | None) -> tuple[Lis
     return _described(read_imagefolder(folder), captions), folder
 
 
+def _ade20k(data_root: Path | None, captions: Path | None) -> Listing:
+    root = find_ade20k(data_root)
+    return read_ade20k(root, captions) if root else _described(_from_hub(data_root), captions)
+
+
 def _from_hub(data_root: Path | None) -> Listing:
     try:
         return read_hub_dataset(HUB_DATASET)
@@ -183,7 +186,9 @@ def _from_hub(data_root: Path | None) -> Listing:
         raise UserError([f"ade20k: {tried}, and {problem}" for problem in error.problems]) from error
 
 
-def _in_data_root(folder: str, name: str, data_root: Path | None) -> Path:
+def _in_data_root(name: str, data_root: Path | None, folder: str | None = None) -> Path:
+    """DATA/NAME, or DATA/FOLDER."""
+    folder = folder or name
     if data_root is None:
         raise UserError(f"{name}: point --data-root or ETHERDIFF_DATA at a folder DATA that holds DATA/{folder}")
     if not (data_root / folder).is_dir():
@@ -195,32 +200,24 @@ def _described(listing: Listing, captions: Path | None) -> Listing:
     """With the captions of a file in place of the dataset's own; images that it does not have stay silent."""
     if captions is not None:
         texts = merged_captions([captions])
-        found = {row.image: caption_of(texts, row.image) for _, row in listing.rows()}
-        _describe(listing, found)
+        listing.change(lambda row: replace(row, text=caption_of(texts, row.image)))
     return listing
 
 
-def _describe(listing: Listing, texts: Mapping[Path, str | None]) -> None:
-    for rows in (listing.training, listing.evaluation):
-        rows[:] = [replace(row, text=texts[row.image]) if row.image in texts else row for row in rows]
-
-
 def _settle_controls(signal: Signal, listing: Listing) -> None:
-    """Report controls that are missing for good; landmark files that do not tell their image's size are told it."""
-    can_derive = signal.name in _DERIVED and not (isinstance(signal, Landmarks) and find_task_file(signal.task_file) is None)
-    for split, rows in (("training", listing.training), ("evaluation", listing.evaluation)):
-        kept = []
-        for row in rows:
-            if row.control is None and not can_derive:
+    """Complete the control files that there are, and report those that are missing for good."""
+    if not signal.can_derive():
+        for split, row in listing.rows():
+            if row.control is None:
                 listing.report(f"images without a control ({signal.name})", f"{split}/{row.name}")
-            else:
-                kept.append(_sized(row) if isinstance(signal, Landmarks) else row)
-        rows[:] = kept
+        for rows in (listing.training, listing.evaluation):
+            rows[:] = [row for row in rows if row.control is not None]
+    listing.change(lambda row: _completed(signal, row))
 
 
-def _sized(row: Row) -> Row:
+def _completed(signal: Signal, row: Row) -> Row:
     try:
-        return row if row.control is None else replace(row, control=with_size(row.control, upright_size(row.image)))
+        return row if row.control is None else replace(row, control=signal.completed(row.control, row.image))
     except OSError:
         return row  # an unreadable image is found where images are read
 
@@ -236,7 +233,7 @@ def _derive_controls(signal: Signal, listing: Listing) -> None:
     def derive(image: Path) -> Path | UserError:
         try:
             content = file_hash(image)
-            control = folder / content[:2] / f"{content}{_DERIVED[signal.name]}"
+            control = folder / content[:2] / f"{content}{signal.suffix}"
             if not control.exists():
                 control.parent.mkdir(parents=True, exist_ok=True)
                 signal.derive(image, control)
@@ -251,18 +248,11 @@ def _derive_controls(signal: Signal, listing: Listing) -> None:
     if problems:
         raise UserError(list(dict.fromkeys(problems)))
     found = {image: result for image, result in zip(images, results, strict=True) if isinstance(result, Path)}
-    for rows in (listing.training, listing.evaluation):
-        rows[:] = [replace(row, control=row.control or found[row.image]) for row in rows]
-
-
-def _there(value: _In | None) -> _In:
-    assert value is not None
-    return value
-
-
-def _names(rows: list[Row]) -> list[str]:
-    return [row.name for row in rows]
+    listing.change(lambda row: replace(row, control=row.control or found[row.image]))
 
 
 def _pairs(rows: list[Row]) -> tuple[Pair, ...]:
-    return tuple(Pair(row.name, row.image, _there(row.control), _there(row.text)) for row in rows)
+    """Pairs of rows that have their control and their caption."""
+    return tuple(
+        Pair(row.name, row.image, row.control, row.text) for row in rows if row.control is not None and row.text is not None
+    )

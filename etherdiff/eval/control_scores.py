@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from etherdiff.control.pairs import Pair
-from etherdiff.control.segmentation import Segmentation
-from etherdiff.control.signal import Signal
+from etherdiff.control.datasets import Pair
+from etherdiff.control.signals.segmentation import Segmentation
+from etherdiff.control.signals.signal import Signal
 from etherdiff.eval.features import BLACK, is_black
 from etherdiff.eval.functional import AGREED, PREDICTED, WANTED, class_accuracies, class_ious
 from etherdiff.eval.intervals import DRAWS, bootstrap_sums

@@ -21,7 +21,7 @@ from rich.console import Group
 from rich.table import Table
 
 from etherdiff.config import S2IConfig
-from etherdiff.control.pairs import ControlDataset, Pair
+from etherdiff.control.datasets import ControlDataset, Pair
 from etherdiff.eval.control_scores import ControlledImage, ControlScoring, score_controlled
 from etherdiff.eval.evaluate import by_role, drawing_problems, drawing_versions, enough_memory, network_problems, notes, timed
 from etherdiff.eval.intervals import interval_text

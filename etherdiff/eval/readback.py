@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from etherdiff.control.canny import Canny, edges
-from etherdiff.control.landmarks import Landmarks, NoFaceError, detect, find_task_file
-from etherdiff.control.segmentation import Segmentation
-from etherdiff.control.signal import Signal
+from etherdiff.control.signals.canny import Canny, edges
+from etherdiff.control.signals.landmarks import Landmarks, NoFaceError, detect, find_task_file
+from etherdiff.control.signals.segmentation import Segmentation
+from etherdiff.control.signals.signal import Signal
 from etherdiff.eval.folders import Segmenter, load_segmenter
 from etherdiff.eval.networks import PRESETS, versions_of
 from etherdiff.images.crops import resize_and_crop

@@ -7,8 +7,7 @@ from safetensors import SafetensorError
 
 from etherdiff.adapters.io import load_adapters
 from etherdiff.config import S2IConfig
-from etherdiff.control.datasets import find_dataset
-from etherdiff.control.pairs import ControlDataset
+from etherdiff.control.datasets import ControlDataset, find_dataset
 from etherdiff.control.pipeline import HintEncoder, StableDiffusionS2IPipeline
 from etherdiff.families.bases import StableDiffusion, find_base, load_base
 from etherdiff.runs.base import refuse_other_base

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from etherdiff.config import DreamBoothConfig, PerturbConfig, RunConfig, S2IConfig
-from etherdiff.control.pairs import ControlDataset
+from etherdiff.control.datasets import ControlDataset
 from etherdiff.eval.evaluate import EvalOptions, prompt_texts
 from etherdiff.eval.evaluate_control import ControlOptions, choose_pairs
 from etherdiff.eval.functional import fid_problem

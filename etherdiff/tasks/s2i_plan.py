@@ -5,7 +5,7 @@ from pathlib import Path
 
 from etherdiff.adapters.methods import METHODS, MethodOptions, resolve_options
 from etherdiff.config import S2IConfig
-from etherdiff.control.pairs import ControlDataset
+from etherdiff.control.datasets import ControlDataset
 from etherdiff.families.bases import Base, find_base
 from etherdiff.runs.control import open_control_run, run_dataset
 from etherdiff.runs.folder import RunFolder

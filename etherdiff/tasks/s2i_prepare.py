@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from etherdiff.control.pairs import Pair
+from etherdiff.control.datasets import Pair
 from etherdiff.families.bases import StableDiffusion, encode_prompts
 from etherdiff.images.crops import resize_and_crop, to_array
 from etherdiff.images.reading import read_image

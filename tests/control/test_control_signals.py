@@ -10,13 +10,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from etherdiff.control.canny import Canny, edges
-from etherdiff.control.datasets import make_signal
-from etherdiff.control.geometry import crop_box, crop_labels, upright_size
-from etherdiff.control.landmarks import Landmarks, detect, find_task_file, with_size
-from etherdiff.control.palettes import Palette, find_palette
-from etherdiff.control.segmentation import Segmentation
-from etherdiff.control.signals import recorded_signal
+from etherdiff.control.signals import make_signal, recorded_signal
+from etherdiff.control.signals.canny import Canny, edges
+from etherdiff.control.signals.landmarks import Landmarks, detect, find_task_file, with_size
+from etherdiff.control.signals.segmentation import Palette, Segmentation, find_palette
+from etherdiff.control.signals.signal import crop_box, crop_labels, upright_size
 from etherdiff.images.crops import resize_and_crop
 from etherdiff.system.errors import UserError
 from etherdiff.tiny.world import CLASSES, PALETTE, render_scene

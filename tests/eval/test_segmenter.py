@@ -17,7 +17,7 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
-from etherdiff.control.palettes import find_palette
+from etherdiff.control.signals.segmentation import find_palette
 from etherdiff.eval import networks as networks_module
 from etherdiff.eval.folders import load_segmenter
 from etherdiff.eval.networks import PRESETS

@@ -1,1 +1,59 @@
 """How datasets lie on the disk: one file per layout, each of which lists what it finds and what is wrong with it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from etherdiff.control.captions import read_captions
+
+MAX_EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image; its control and its caption where the dataset has them."""
+
+    name: str
+    image: Path
+    control: Path | None
+    text: str | None
+
+
+@dataclass
+class Listing:
+    """A dataset as it lies there, good or bad."""
+
+    training: list[Row] = field(default_factory=list)
+    evaluation: list[Row] = field(default_factory=list)
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    """What is wrong, and where: "images without a label map" -> their names."""
+
+    def report(self, kind: str, where: str) -> None:
+        """Note one more case of a kind of problem."""
+        self.problems.setdefault(kind, []).append(where)
+
+    def change(self, row: Callable[[Row], Row]) -> None:
+        """Replace every row."""
+        self.training, self.evaluation = [row(one) for one in self.training], [row(one) for one in self.evaluation]
+
+    def rows(self) -> list[tuple[str, Row]]:
+        """(split, row) of everything."""
+        return [("training", row) for row in self.training] + [("evaluation", row) for row in self.evaluation]
+
+
+def sentences(problems: dict[str, list[str]]) -> list[str]:
+    """Each kind with its count and its first few cases."""
+    return [
+        f"{kind}: {len(cases)} ({', '.join(cases[:MAX_EXAMPLES])}{', …' if len(cases) > MAX_EXAMPLES else ''})"
+        for kind, cases in problems.items()
+    ]
+
+
+def caption_of(captions: dict[str, str], image: Path) -> str | None:
+    """The caption whose image has this stem; None where there is none, or an empty one."""
+    return captions.get(image.stem) or None
+
+
+def merged_captions(files: list[Path]) -> dict[str, str]:
+    """Captions by stem, of several files. UserError where one is no caption file."""
+    return {name: text for path in files for name, text in read_captions(path).items()}

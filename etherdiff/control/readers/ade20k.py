@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from etherdiff.control.readers.listing import Listing, Row, caption_of, merged_captions
+from etherdiff.control.readers import Listing, Row, caption_of, merged_captions
 from etherdiff.images.reading import list_images
 from etherdiff.system.errors import UserError
 

@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 from etherdiff.control.captions import TEXT_KEYS, first_of
+from etherdiff.control.readers import Listing
 from etherdiff.control.readers.imagefolder import METADATA, read_imagefolder
-from etherdiff.control.readers.listing import Listing
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import make_once
 from etherdiff.system.paths import cache_dir

@@ -5,7 +5,7 @@ import os.path
 from pathlib import Path
 
 from etherdiff.control.captions import CONTROL_KEYS, IMAGE_KEYS, TEXT_KEYS, first_of, read_lines
-from etherdiff.control.readers.listing import Listing, Row
+from etherdiff.control.readers import Listing, Row
 from etherdiff.system.errors import UserError
 
 METADATA = "metadata.jsonl"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from etherdiff.control.readers import Listing
 from etherdiff.control.readers.imagefolder import METADATA, read_imagefolder
-from etherdiff.control.readers.listing import Listing
 from etherdiff.system.files import make_once
 from etherdiff.system.paths import cache_dir
 from etherdiff.system.terminal import track

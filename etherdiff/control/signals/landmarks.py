@@ -3,16 +3,17 @@
 import hashlib
 import json
 import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from etherdiff.control.geometry import crop_box
-from etherdiff.control.signal import Signal
+from etherdiff.control.signals.signal import Signal, Size, crop_box, upright_size
 from etherdiff.images.reading import UnreadableImage, read_image
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import file_hash, write_text
@@ -48,6 +49,15 @@ class Landmarks(Signal):
     task_file: Path | None = None
 
     name: ClassVar[str] = "landmarks"
+    suffix: ClassVar[str | None] = ".json"
+
+    @classmethod
+    def choose(cls, palette: str | None, resolution: int) -> Self:
+        return cls()
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        return cls()
 
     def picture(self, control: Path, resolution: int) -> NDArray[np.uint8]:
         """White lines or dots on black: (resolution, resolution, 3)."""
@@ -88,6 +98,26 @@ class Landmarks(Signal):
         """Which model finds points where files lack them, if any does."""
         task_file = find_task_file(self.task_file)
         return {"signal": self.name, "task_sha256": file_hash(task_file) if task_file else None}
+
+    def can_derive(self) -> bool:
+        return find_task_file(self.task_file) is not None
+
+    def completed(self, control: Path, image: Path) -> Path:
+        return with_size(control, upright_size(image))
+
+    def size(self, control: Path) -> Size | None:
+        return None
+
+    def count(self, control: Path) -> int:
+        """How many points there are."""
+        return len(self.target(control, 1))
+
+    def odd(self, counts: Sequence[Any]) -> dict[str, list[tuple[int, str]]]:
+        """Files with another number of points than most."""
+        known = Counter(count for count in counts if count is not None)
+        usual = known.most_common(1)[0][0] if known else None
+        odd = [(place, f"{count}, most have {usual}") for place, count in enumerate(counts) if count not in (None, usual)]
+        return {"landmarks of another number than most": odd}
 
     def derive(self, image: Path, control: Path) -> None:
         """Write the points that mediapipe finds. UserError without its model or package, or where there is no face."""

@@ -1,15 +1,15 @@
 """Canny edges, as ControlNet's detector finds them: OpenCV's, on the colours, at thresholds 100 and 200."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from etherdiff.control.geometry import crop_box
-from etherdiff.control.signal import Signal
+from etherdiff.control.signals.signal import Signal, crop_box
 from etherdiff.images.crops import resize_and_crop
 from etherdiff.images.reading import UnreadableImage, read_image
 from etherdiff.system.errors import UserError
@@ -42,6 +42,15 @@ class Canny(Signal):
     high: float = HIGH
 
     name: ClassVar[str] = "canny"
+    suffix: ClassVar[str | None] = ".png"
+
+    @classmethod
+    def choose(cls, palette: str | None, resolution: int) -> Self:
+        return cls(resolution)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        return cls(settings["resolution"], settings["low"], settings["high"])
 
     def picture(self, control: Path, resolution: int) -> NDArray[np.uint8]:
         """White edges on black: (resolution, resolution, 3)."""
