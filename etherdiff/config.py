@@ -16,6 +16,9 @@ from etherdiff.system.errors import UserError
 MethodName = Literal["ether", "ether+", "ether+one-sided", "lora", "oft", "naive", "boft", "hra", "vera", "full"]
 S2IMethodName = Literal[MethodName, "none"]
 PerturbMethodName = Literal["ether", "ether+", "ether+one-sided", "oft", "naive"]
+SignalName = Literal[
+    "segmentation", "canny", "landmarks", "depth", "hed", "lineart", "lineart-anime", "mlsd", "normal", "openpose", "pidi"
+]
 TargetName = Literal["attention", "attention+geglu", "attention+feedforward"]
 METHOD_NAMES: tuple[str, ...] = get_args(MethodName)
 PERTURB_METHOD_NAMES: tuple[str, ...] = get_args(PerturbMethodName)
@@ -178,8 +181,8 @@ class S2IConfig(TrainConfig):
     output: Path | None = Field(None, description="run folder to create [default: runs/DATASET-METHOD]")
     dataset: str = Field(description="ade20k, celebahq-landmarks, coco-canny, tiny, or a folder with metadata.jsonl")
     data_root: Path | None = Field(None, description="folder that holds the datasets by name [default: $ETHERDIFF_DATA]")
-    signal: Literal["segmentation", "canny", "landmarks"] | None = Field(
-        None, description="what a folder's control files are: segmentation, canny or landmarks [default: the dataset's]"
+    signal: SignalName | None = Field(
+        None, description=f"what a folder's control files are: {', '.join(get_args(SignalName))} [default: the dataset's]"
     )
     palette: str | None = Field(None, description="colours of a folder's label maps: ade20k, tiny or a JSON file")
     captions: Path | None = Field(None, description="JSON-lines file of captions, where they are not with the dataset")
@@ -395,8 +398,8 @@ class CheckOptions(Options):
     """How to read a dataset."""
 
     data_root: Path | None = Field(None, description="folder that holds the datasets by name [default: $ETHERDIFF_DATA]")
-    signal: Literal["segmentation", "canny", "landmarks"] | None = Field(
-        None, description="segmentation, canny or landmarks [default: the dataset's; of a folder segmentation]"
+    signal: SignalName | None = Field(
+        None, description=f"{', '.join(get_args(SignalName))} [default: the dataset's; of a folder segmentation]"
     )
     palette: str | None = Field(None, description="colours of label maps: ade20k, tiny or a JSON file [default: the dataset's]")
     captions: Path | None = Field(None, description="caption file, instead of the dataset's captions")

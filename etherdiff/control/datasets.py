@@ -66,7 +66,7 @@ def find_dataset(
     Args:
         name: one of `DATASETS`, a folder in the imagefolder style, or the name of one in the data root.
         data_root: where DATA/ade20k, DATA/coco and the like are looked for.
-        signal: segmentation, canny or landmarks; None is the dataset's own, for folders segmentation.
+        signal: one of `signals.SIGNALS`; None is the dataset's own, for folders segmentation.
         palette: of segmentation: ade20k, tiny or a JSON file; None: FOLDER/palette.json, else ade20k.
         captions: a caption file, instead of the dataset's captions.
         make_captions: have BLIP describe the images that have none.

@@ -3,13 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
+from etherdiff.control.preprocess import ANNOTATORS
+from etherdiff.control.signals.annotation import annotation
 from etherdiff.control.signals.canny import Canny
 from etherdiff.control.signals.landmarks import Landmarks
 from etherdiff.control.signals.segmentation import Segmentation
 from etherdiff.control.signals.signal import Signal
 from etherdiff.system.errors import UserError
 
-SIGNALS: dict[str, type[Signal]] = {signal.name: signal for signal in (Segmentation, Canny, Landmarks)}
+SIGNALS: dict[str, type[Signal]] = {
+    **{signal.name: signal for signal in (Segmentation, Canny, Landmarks)},
+    **{name: annotation(name) for name in ANNOTATORS if name not in ("canny", "shuffle")},
+}
+"""Canny has a file of its own; a shuffled picture says where nothing is."""
 
 
 def find_signal(name: str) -> type[Signal]:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from etherdiff.control.preprocess import STEP, annotate
 from etherdiff.control.signals.signal import Signal, crop_box
 from etherdiff.images.crops import resize_and_crop
 from etherdiff.images.reading import UnreadableImage, read_image
@@ -22,9 +23,11 @@ _MAX_GREY = 0.25  # of the pixels: what scaling and JPEG leave around lines is l
 
 
 def edges(image: NDArray[np.uint8], low: float = LOW, high: float = HIGH) -> NDArray[np.bool_]:
-    """Where an RGB image (H, W, 3) has edges: (H, W). UserError where OpenCV is not installed."""
+    """Where an RGB image (H, W, 3) has edges: (H, W), by controlnet-aux. UserError where it, or OpenCV, cannot be imported."""
+    if not any(length % STEP for length in image.shape[:2]):
+        return annotate("canny", image, low, high)[..., 0] > 0
     try:
-        import cv2
+        import cv2  # what controlnet-aux calls, after it has scaled the image to a multiple of STEP
     except ImportError as error:
         raise UserError("Canny edges need OpenCV: pip install opencv-python-headless") from error
     return np.asarray(cv2.Canny(np.ascontiguousarray(image), low, high)) > 0
