@@ -16,6 +16,7 @@ import torchmetrics
 from numpy.typing import NDArray
 from torch import Tensor
 
+from etherdiff.control.signals import SIGNALS
 from etherdiff.eval.functional import (
     class_areas,
     edge_counts,
@@ -321,10 +322,7 @@ METRICS = {metric.name: metric for metric in _ALL}
 
 CONTROL_ROLES = ("segmenter", "edges", "landmarks")
 """What reads a control back from a generated image: a network, Canny's algorithm, a detector of faces."""
-CONTROL_METRICS = {
-    signal: (*(metric.name for metric in _ALL if signal in metric.signals), "fid")
-    for signal in dict.fromkeys(signal for metric in _ALL for signal in metric.signals)
-}
+CONTROL_METRICS = {signal: (*(metric.name for metric in _ALL if signal in metric.signals), "fid") for signal in SIGNALS}
 """Name of a control signal -> metrics of its runs."""
 PROMPT_METRICS = tuple(metric.name for metric in _ALL if metric.compares != "control x generated")
 """Metrics of images of prompts."""

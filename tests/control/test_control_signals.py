@@ -458,7 +458,7 @@ def test_every_signal_keeps_the_contract(name, resolution, tmp_path):
 
 
 def test_what_no_signal_can_be_made_of():
-    with pytest.raises(UserError, match="must be segmentation, canny, .* or pidi, not 'sketch'"):
-        make_signal("depth")
+    with pytest.raises(UserError, match=r"must be segmentation, canny, .* or pidi, not 'sketch'"):
+        make_signal("sketch")
     with pytest.raises(UserError, match="only segmentation has one"):
         make_signal("canny", palette="tiny")
