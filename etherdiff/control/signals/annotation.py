@@ -11,7 +11,8 @@ from PIL import Image
 
 from etherdiff.control.preprocess import annotate
 from etherdiff.control.signals.signal import Signal
-from etherdiff.images.reading import UnreadableImage, read_image, resize_and_crop
+from etherdiff.images.crops import resize_and_crop
+from etherdiff.images.reading import UnreadableImage, read_image
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import staged_file
 

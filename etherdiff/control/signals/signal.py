@@ -92,7 +92,7 @@ class Signal(ABC):
 def crop_box(size: Size, resolution: int) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) of the square, in pixels of an image of `size`.
 
-    It is what `images.reading.resize_and_crop(image, resolution, "center")` scales to resolution x resolution.
+    It is what `images.crops.resize_and_crop(image, resolution, "center")` scales to resolution x resolution.
     """
     scale = resolution / min(size)
     (left, right), (top, bottom) = (crop_window(length, scale, resolution, 0.5) for length in size)
