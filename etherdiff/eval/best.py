@@ -10,7 +10,6 @@ The set is small (4 of the 25 prompts, one image each): enough for a course, too
 import json
 from collections.abc import Mapping
 from math import sqrt
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from etherdiff.images.png import save_png
 from etherdiff.runs.folder import RunFolder, read_metrics
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import staged_folder, write_json
+from etherdiff.system.hub import find_cached
 from etherdiff.system.terminal import say
 from etherdiff.tasks.planning import DreamBoothPlan
 from etherdiff.tasks.subjects import find_subject, prompts_for
@@ -63,12 +63,8 @@ def _at_hand(preset: str) -> bool:
 
 
 def _in_hub_cache(repo: str) -> bool:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(repo, local_files_only=True))
-    except LocalEntryNotFoundError:
+    folder = find_cached(repo)
+    if folder is None:
         return False
     weights = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
     return bool(weights) and (folder / "preprocessor_config.json").is_file()

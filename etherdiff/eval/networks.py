@@ -16,6 +16,7 @@ from etherdiff.eval.preprocessing import Preprocessing
 from etherdiff.system.devices import resolve_device
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import digest, file_hash
+from etherdiff.system.hub import fetch
 from etherdiff.system.paths import ASSETS
 
 ROLES = ("dino", "clip", "lpips", "fid")
@@ -218,21 +219,14 @@ def tiny_part(name: str) -> Path:
 
 def _download(repo: str, revision: str | None) -> Path:
     """Return a hub id's snapshot in the hub's cache, downloaded where it is missing; pickled weights come last."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    files = ("*.json", "*.txt")
-    try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*files, "model*.safetensors"]))
-        if not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*files, "pytorch_model*.bin"]))
-    except HFValidationError as error:
-        raise UserError(f"{repo} is neither a folder nor a hub id ({error})") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"{repo} does not exist on the hub, or is private: log in with `hf auth login`") from error
-    except Exception as error:  # the hub client raises its own, httpx's and OSError alike
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(
-            f"{repo} could not be fetched ({reason}). Without a network, give a local folder, or the preset tiny"
-        ) from error
+    for weights in ("model*.safetensors", "pytorch_model*.bin"):
+        folder = fetch(
+            repo,
+            ["*.json", "*.txt", weights],
+            revision=revision,
+            what=f"{repo} could not be fetched from the hub",
+            instead="Without a network, give a local folder, or the preset tiny",
+        )
+        if any(folder.glob(weights)):
+            break
     return folder

@@ -22,6 +22,7 @@ from etherdiff.families.shipped import ShippedName, shipped_config
 from etherdiff.families.single_file import identify_single_file
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import unchanged_file_hash
+from etherdiff.system.hub import fetch
 from etherdiff.system.terminal import quiet_libraries
 
 ALIASES = {
@@ -263,22 +264,13 @@ def _check_family(base: Base) -> None:
 
 
 def _download(repo: str, parts: Parts) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    tried = f"base {repo} is no folder and no .safetensors file here, and as a hub id it"
-    try:
-        folder = Path(snapshot_download(repo, allow_patterns=HUB_FILES[parts], ignore_patterns=UNUSED_FILES))
-    except HFValidationError as error:
-        raise UserError(f"base {repo} is neither a folder, nor a .safetensors file, nor a hub id ({error}).") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"{tried} does not exist (or is private: log in with `hf auth login`).") from error
-    except Exception as error:  # the hub client raises its own, httpx's and OSError alike
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(
-            f"{tried} could not be fetched ({reason}). Without a network, give a folder or a file, or --base tiny."
-        ) from error
-    return folder
+    return fetch(
+        repo,
+        HUB_FILES[parts],
+        ignored=UNUSED_FILES,
+        what=f"base {repo} is no folder and no .safetensors file here, and could not be fetched from the hub",
+        instead="Without a network, give a folder or a file, or --base tiny.",
+    )
 
 
 def _combined(parts: list[str]) -> str:

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{12}\.(?P<what>partial|old)")
@@ -160,8 +161,10 @@ def write_json(path: Path, content: Any, allow_nan: bool = True) -> None:
     write_text(path, json.dumps(content, indent=2, allow_nan=allow_nan) + "\n")
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Replace a safetensors file as a whole, with the permissions of any new file. OSError if the disk refuses it."""
+    from safetensors.torch import save_file  # imports torch, which not all that write files need
+
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with staged_file(path) as staged:
         staged.touch()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from etherdiff.images.reading import IMAGE_SUFFIXES, list_images
 from etherdiff.system.errors import UserError
+from etherdiff.system.hub import fetch
 from etherdiff.system.paths import ASSETS
 from etherdiff.tiny.dreambooth import PROMPTS as TINY_PROMPTS
 from etherdiff.tiny.dreambooth import subject_folder
@@ -123,28 +124,19 @@ def _content(folder: Path) -> str:
 
 
 def _fetch_from_hub(name: str, data_root: Path | None) -> Path:
-    """The folder with the subject's images in the hub's cache, downloaded when they are not there yet."""
-    import huggingface_hub  # imported here: slow, and most runs have the images
-
+    """Return the folder with the subject's images in the hub's cache; they are downloaded if they are missing."""
     where = f"dataset/{name}"
-    try:
-        snapshot = huggingface_hub.snapshot_download(HUB_DATASET, repo_type="dataset", allow_patterns=f"{where}/*.jpg")
-        folder = Path(snapshot) / where
-        if _is_folder(folder) and list_images(folder):
-            return folder
-        reason = f"it gave no {where}/*.jpg"  # offline, the hub answers with what its cache has of the dataset
-    except Exception as error:  # its own errors, those of its HTTP library, of the disk
-        reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
-        raise UserError(_why_not_fetched(name, data_root, reason)) from error
-    raise UserError(_why_not_fetched(name, data_root, reason))
-
-
-def _why_not_fetched(name: str, data_root: Path | None, reason: str) -> str:
-    return (
-        f"no images of subject '{name}': tried the folder ./{name} (not there), {_data_root_tried(name, data_root)}, "
-        f"and the hub dataset {HUB_DATASET} ({reason}). Pass a folder of images as --subject, or point --data-root "
-        f"or ETHERDIFF_DATA at a folder DATA that holds them as DATA/dreambooth/{name}"
+    snapshot = fetch(
+        HUB_DATASET,
+        [f"{where}/*.jpg"],
+        kind="dataset",
+        needed=f"{where}/*.jpg",
+        what=f"no images of subject '{name}': tried the folder ./{name} (not there), {_data_root_tried(name, data_root)}, "
+        f"and the hub dataset {HUB_DATASET}",
+        instead="Pass a folder of images as --subject, or point --data-root or ETHERDIFF_DATA at a folder DATA that holds "
+        f"them as DATA/dreambooth/{name}",
     )
+    return snapshot / where
 
 
 def _data_root_tried(name: str, data_root: Path | None) -> str:

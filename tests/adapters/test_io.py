@@ -452,7 +452,7 @@ def test_a_crash_while_writing_leaves_the_old_adapter(saved, unet, tmp_path, mon
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("etherdiff.system.files.save_file", half_way)
+    monkeypatch.setattr("safetensors.torch.save_file", half_way)
     with pytest.raises(OSError, match="no space"):
         save_adapter(model, folder)
     assert contents(folder) == before

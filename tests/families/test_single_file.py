@@ -150,7 +150,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
         path.write_text("half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("etherdiff.system.files.save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         write_single_file(**vars(tiny_models()), path=file)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

@@ -189,14 +189,14 @@ def test_the_real_subjects_are_found():
 def test_one_of_the_30_is_fetched_from_the_hub(tmp_path, monkeypatch):
     asked = []
 
-    def snapshot_download(repo_id, *, repo_type, allow_patterns):
+    def snapshot_download(repo_id, *, repo_type, allow_patterns, **_):
         asked.append((repo_id, repo_type, allow_patterns))
         photos(tmp_path / "snapshot/dataset/rc_car")
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     subject = find_subject("rc_car", tmp_path)
-    assert asked == [("google/dreambooth", "dataset", "dataset/rc_car/*.jpg")]
+    assert asked == [("google/dreambooth", "dataset", ["dataset/rc_car/*.jpg"])]
     assert (subject.name, subject.class_noun) == ("rc_car", "toy")
     assert [path.name for path in subject.images] == ["00.jpg", "01.jpg"]
 

@@ -4,10 +4,10 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import save_file
 
-from etherdiff.system import files as files_module
 from etherdiff.train import cache
 from etherdiff.train.cache import cached, digest
 
@@ -136,7 +136,7 @@ def test_a_failed_write_leaves_nothing_and_the_next_succeeds(tmp_path, monkeypat
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files_module, "save_file", half_a_file)
+        patch.setattr(safetensors.torch, "save_file", half_a_file)
         with pytest.raises(OSError, match="disk full"):
             cached("kind", {"x": 1}, Compute())
     assert files(tmp_path) == []

@@ -5,11 +5,11 @@ import json
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 from etherdiff.config import TrainConfig
-from etherdiff.system import files as files_module
 from etherdiff.train.checkpoint import checkpoint_path, load_checkpoint, newest_checkpoint, save_checkpoint
 from etherdiff.train.loop import TrainingState, fit, make_accelerator, prepare_training
 
@@ -226,7 +226,7 @@ def test_a_crash_half_way_leaves_the_older_one(three, tmp_path, monkeypatch, fil
     state, accelerator = start(settings, tmp_path)
     load_checkpoint(state, three / "step-000006", accelerator)
     train(state, settings, accelerator, 8)
-    save_file, count = files_module.save_file, 0
+    save_file, count = safetensors.torch.save_file, 0
 
     def crash(tensors, path, metadata=None):
         nonlocal count
@@ -236,7 +236,7 @@ def test_a_crash_half_way_leaves_the_older_one(three, tmp_path, monkeypatch, fil
         save_file(tensors, path, metadata=metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files_module, "save_file", crash)
+        patch.setattr(safetensors.torch, "save_file", crash)
         with pytest.raises(OSError, match="no space left"):
             save_checkpoint(state, three, accelerator)
     assert sorted(path.name for path in three.glob("step-*")) == ["step-000002", "step-000004", "step-000006"]
@@ -254,7 +254,7 @@ def test_a_crash_while_a_step_is_written_again_leaves_it_as_it_was(three, tmp_pa
     def crash(*args, **more):
         raise OSError("no space left")
 
-    monkeypatch.setattr(files_module, "save_file", crash)
+    monkeypatch.setattr(safetensors.torch, "save_file", crash)
     with pytest.raises(OSError, match="no space left"):
         save_checkpoint(state, three, accelerator)
     assert newest_checkpoint(three) == (three / "step-000006", [])

@@ -509,7 +509,7 @@ def test_a_full_disk_leaves_nothing(attempt, base, adapters, tmp_path, monkeypat
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("etherdiff.system.files.save_file", half_way)
+    monkeypatch.setattr("safetensors.torch.save_file", half_way)
     write = {
         "merge": lambda: merge_to_folder(base, [(adapters["ether+"], 1.0)], tmp_path / "out"),
         "lora": lambda: export_adapter(base, adapters["ether+"], tmp_path / "out", "lora"),

@@ -14,6 +14,7 @@ from etherdiff.control.readers import Listing
 from etherdiff.control.readers.imagefolder import METADATA, read_imagefolder
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import make_once
+from etherdiff.system.hub import fetch
 from etherdiff.system.paths import cache_dir
 from etherdiff.system.terminal import track
 
@@ -31,7 +32,15 @@ def read_hub_dataset(repo: str) -> Listing:
     Raises:
         UserError: it cannot be fetched, or its columns are others.
     """
-    files = _fetch(repo)
+    snapshot = fetch(
+        repo,
+        ["*.parquet"],
+        kind="dataset",
+        needed="**/*.parquet",
+        what=f"the hub dataset {repo} could not be fetched",
+        instead="Without a network, put the dataset on this machine and point --data-root or ETHERDIFF_DATA at it",
+    )
+    files = sorted(snapshot.rglob("*.parquet"))
     key = hashlib.sha256("\n".join(f"{path.name} {path.stat().st_size}" for path in files).encode()).hexdigest()[:16]
     folder = cache_dir() / f"hub-datasets-{VERSION}" / f"{repo.replace('/', '--')}-{key}"
     return read_imagefolder(make_once(folder, lambda new: unpack(files, new)))
@@ -57,24 +66,6 @@ def unpack(files: list[Path], folder: Path) -> None:
         raise UserError(f"{files[0].parent}: none of its parquet files is named after the split train")
     for split, content in lines.items():
         (folder / split / METADATA).write_text("\n".join(content) + "\n", encoding="utf-8")
-
-
-def _fetch(repo: str) -> list[Path]:
-    """The dataset's parquet files in the hub's cache, downloaded where they are not there yet."""
-    import huggingface_hub
-
-    try:
-        snapshot = Path(huggingface_hub.snapshot_download(repo, repo_type="dataset", allow_patterns="*.parquet"))
-        files = sorted(snapshot.rglob("*.parquet"))
-        reason = "it holds no parquet files"
-    except Exception as error:  # its own errors, those of its HTTP library, of the disk
-        files, reason = [], f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
-    if not files:
-        raise UserError(
-            f"the hub dataset {repo} could not be fetched ({reason}). Without a network, put the dataset on this machine "
-            "and point --data-root or ETHERDIFF_DATA at it"
-        )
-    return files
 
 
 def _rows(file: Any) -> Iterator[dict[str, Any]]:
