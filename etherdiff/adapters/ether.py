@@ -117,7 +117,8 @@ class EtherLayer(UpdateLayer):
     def _can_fuse(self, adapter: str) -> bool:
         """Whether `ReflectedLinear` computes this layer: linear and frozen, at scale 1, without dropout at work."""
         base = self.base_layer
-        if not isinstance(base, nn.Linear | Conv1D) or self.scale[adapter] != 1:
+        # a tuple: torch.compile cannot trace a union before torch 2.7
+        if not isinstance(base, (nn.Linear, Conv1D)) or self.scale[adapter] != 1:
             return False
         if self.training and self.dropout_probability[adapter]:
             return False

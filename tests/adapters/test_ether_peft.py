@@ -688,6 +688,8 @@ def test_gradient_checkpointing_as_the_libraries_do_it(kind, adapt):
 @pytest.fixture
 def compiled_like_eager(relative_error):
     def check(model: nn.Module, tokens: int, backend: str) -> None:
+        if not hasattr(torch._dynamo.config, "enable_trace_contextlib"):  # before torch 2.7, which traces PEFT's own hooks
+            model = model.base_model
         x = torch.randn(tokens, 12, generator=torch.Generator().manual_seed(0))
         results = []
         torch._dynamo.reset()
