@@ -25,6 +25,8 @@ PERTURB_METHOD_NAMES: tuple[str, ...] = get_args(PerturbMethodName)
 TARGET_NAMES: tuple[str, ...] = get_args(TargetName)
 NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, TypeError)  # all raised by PyYAML
 MAX_RECIPE_BYTES = 1_000_000
+PLAINER = {"Input should be": "must be", "greater than or equal to": "at least", "less than or equal to": "at most"}
+"""Words of pydantic -> ours."""
 GUIDE_CONTROL = "apply guidance to the control as well (drop the hint in the unconditional pass)"
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 T = TypeVar("T")
@@ -449,7 +451,9 @@ class Resources(Options):
 class SweepFile(Options):
     """A sweep file as it is written."""
 
-    task: Literal["dreambooth", "s2i", "perturb"] = Field(description="what is run: dreambooth, s2i or perturb")
+    task: str = Field(
+        description="what is run: dreambooth, s2i or perturb", json_schema_extra={"enum": ["dreambooth", "s2i", "perturb"]}
+    )
     recipe: str | None = Field(None, description="YAML file of options, relative to the sweep file")
     settings: dict[str, Any] = Field({}, description="options of all runs, over the recipe")
     grid: dict[str, list[Any]] = Field({}, description="option: list of values; every combination is run")
@@ -475,7 +479,7 @@ def read_config(cls: type[C], recipe: Path | None, settings: list[str], flags: d
 
     Raises one UserError with everything that is wrong with them.
     """
-    values = {} if recipe is None else _read_recipe(recipe)
+    values = {} if recipe is None else read_recipe(recipe)
     problems = []
     for setting in settings:
         key, separator, text = setting.partition("=")
@@ -494,7 +498,7 @@ def read_config(cls: type[C], recipe: Path | None, settings: list[str], flags: d
 
 
 def load_run_config(cls: type[C], settings: dict[str, Any]) -> C:
-    """The configuration a run folder recorded."""
+    """Check options that were recorded or written in a file. UserError with everything that is wrong with them."""
     try:
         return cls.model_validate(settings)
     except ValidationError as error:
@@ -515,13 +519,14 @@ def load_yaml(path: Path) -> Any:
         raise UserError(f"{path}: is not valid YAML: {error}") from error
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return the options in a recipe, a run folder's run.yaml being one. UserError if the file is none."""
     content = load_yaml(path)
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{path}: a recipe is a list of `key: value` lines")
-    content.pop("provenance", None)  # a run folder's run.yaml is a recipe too
+    content.pop("provenance", None)
     return content
 
 
@@ -558,7 +563,9 @@ def _explain(cls: type[BaseModel], detail: Any) -> str:
         return f"{name}: there is no such option{hint}"
     if detail["type"] == "missing":
         return f"{name}: is needed ({cls.model_fields[name].description})"
-    message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = detail["msg"].removeprefix("Value error, ")
+    for words, plain in PLAINER.items():
+        message = message.replace(words, plain)
     return f"{name}: {message}, not {_short(given)}"
 
 

@@ -65,7 +65,6 @@ EXCEPTIONS = {
     "etherdiff.tasks.dreambooth": {"eval"},
     "etherdiff.eval.evaluate": {"use", "report"},
     "etherdiff.eval.evaluate_control": {"report"},
-    "etherdiff.use.demo": {"run"},
 }
 """Modules that still look up, and to where."""
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in sorted(rooms)}

@@ -18,12 +18,13 @@ import etherdiff
 from etherdiff import cli
 from etherdiff import run as run_module
 from etherdiff.adapters.io import load_adapter
+from etherdiff.config import GenerateOptions
 from etherdiff.families.bases import find_base, load_base
 from etherdiff.run import train_dreambooth
 from etherdiff.system.errors import UserError
 from etherdiff.tasks.planning import plan_dreambooth
 from etherdiff.tiny import tiny_folder
-from etherdiff.use.generate import GenerateOptions, Source, generate
+from etherdiff.use.generate import generate
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("another_process")]
 
@@ -228,9 +229,9 @@ def test_a_pickled_adapter_is_not_opened(canary, adapter, tmp_path):
     folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").write_bytes(canary[0])
-    source = Source(find_base("tiny"), [folder])
+    options = GenerateOptions(base="tiny", adapter=[folder], prompt=["x"], output=tmp_path / "pictures", num=1, steps=1)
     with pytest.raises(UserError, match=r"a pickle, which can run code.*convert it there"):
-        generate(source, GenerateOptions(["x"], tmp_path / "pictures", num=1, steps=1))
+        generate(options)
     assert not canary[1].exists()
 
 

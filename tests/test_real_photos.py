@@ -4,10 +4,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from etherdiff.config import DreamBoothConfig
+from etherdiff.config import DreamBoothConfig, GenerateOptions
 from etherdiff.run import train_dreambooth
 from etherdiff.tasks.planning import plan_dreambooth
-from etherdiff.use.generate import GenerateOptions, generate, run_source
+from etherdiff.use.generate import generate
 
 NOUNS = {"backpack": "backpack", "cat": "cat", "dog": "dog", "rc_car": "toy", "teapot": "teapot"}
 
@@ -33,5 +33,7 @@ def test_from_the_photos_of_a_dog_to_a_picture(dreambooth_data, tmp_path):
     recorded = yaml.safe_load((run / "run.yaml").read_text())
     assert recorded["class_noun"] == "dog"
     assert recorded["provenance"]["subject_prompt"] == "a photo of sks dog"
-    sheet = generate(run_source(run), GenerateOptions(["a photo of sks dog in the snow"], tmp_path / "out", num=2, steps=2))
+    sheet = generate(
+        GenerateOptions(run=run, prompt=["a photo of sks dog in the snow"], output=tmp_path / "out", num=2, steps=2)
+    )
     assert Image.open(sheet).width > 2 * 64

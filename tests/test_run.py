@@ -21,14 +21,14 @@ from subject_photos import draw_subject
 
 from etherdiff import run as run_module
 from etherdiff.adapters.methods import METHODS
-from etherdiff.config import DreamBoothConfig
+from etherdiff.config import DreamBoothConfig, GenerateOptions, InspectOptions
 from etherdiff.families.bases import find_base, fingerprint, load_base
 from etherdiff.images.png import read_png_settings
 from etherdiff.run import resume, train_dreambooth
 from etherdiff.system.errors import UserError
 from etherdiff.tiny import tiny_folder
 from etherdiff.train.checkpoint import newest_checkpoint
-from etherdiff.use.generate import GenerateOptions, generate, run_source
+from etherdiff.use.generate import generate, run_source
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("another_process")]
 
@@ -364,7 +364,7 @@ QUICK = ("ether+", "lora", "oft", "full")  # one of each kind; the others are in
 def trainable(method: str) -> int:
     from etherdiff.use.inspection import inspect_base
 
-    return inspect_base("tiny", methods=[method])["methods"][method]["trainable_parameters"]
+    return inspect_base(InspectOptions(base="tiny", method=[method]))["methods"][method]["trainable_parameters"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -378,12 +378,12 @@ def test_every_method_trains_saves_and_draws(method, tmp_path, make_config):
     assert all(tensor.dtype == torch.float32 for tensor in parameters.values())
     pictures = []
     for scale in (1.0, 0.0) if method in ("ether", "ether+", "ether+one-sided", "naive", "lora", "full") else (1.0,):
-        options = GenerateOptions(["a photo of sks ball"], tmp_path / f"pictures {scale}", num=1, steps=1, scale=scale)
-        assert generate(run_source(run), options).is_file()
+        options = GenerateOptions(
+            run=run, prompt=["a photo of sks ball"], output=tmp_path / f"pictures {scale}", num=1, steps=1, scale=scale
+        )
+        assert generate(options).is_file()
         pictures.append(np.array(Image.open(options.output / "000-a-photo-of-sks-ball" / "0.png")))
-    base = GenerateOptions(["a photo of sks ball"], tmp_path / "base", num=1, steps=1)
-    source = run_source(run)
-    generate(type(source)(source.base, []), base)
+    generate(GenerateOptions(base="tiny", prompt=["a photo of sks ball"], output=tmp_path / "base", num=1, steps=1))
     undone = np.array(Image.open(tmp_path / "base" / "000-a-photo-of-sks-ball" / "0.png"))
     assert not np.array_equal(pictures[0], undone)  # the adapter does something
     if len(pictures) == 2:
@@ -501,8 +501,8 @@ def test_sample_images_and_sheets(tmp_path, make_config):
     same_seed = [np.array(Image.open(samples / kind / folders[0] / "0.png")) for kind in ("base", "step-000002")]
     assert not np.array_equal(*same_seed)
     # the last picture is what the finished adapter draws
-    drawn = GenerateOptions([prompts[0]], tmp_path / "drawn", num=2)
-    generate(run_source(run), drawn)
+    drawn = GenerateOptions(run=run, prompt=[prompts[0]], output=tmp_path / "drawn", num=2)
+    generate(drawn)
     for seed in (0, 1):
         later, then = (Image.open(f / folders[0] / f"{seed}.png") for f in (drawn.output, samples / "step-000002"))
         assert abs(np.array(later).astype(int) - np.array(then)).max() <= 1

@@ -13,7 +13,7 @@ from s2i_runs import s2i_config, scenes_folder
 from safetensors.torch import load_file
 
 from etherdiff.adapters.io import load_adapter, load_adapters
-from etherdiff.config import S2IConfig
+from etherdiff.config import GenerateOptions, S2IConfig
 from etherdiff.control.pipeline import HintEncoder, added_hint
 from etherdiff.families.bases import encode_prompts, find_base, load_base
 from etherdiff.families.sampling import S2I_SAMPLING
@@ -24,9 +24,9 @@ from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 from etherdiff.tasks.s2i_prepare import as_tensor
 from etherdiff.use.dryrun import dry_run
-from etherdiff.use.export import export_adapter, merge_to_folder
-from etherdiff.use.generate import GenerateOptions, run_source
-from etherdiff.use.generate_controlled import generate_controlled
+from etherdiff.use.export import export_adapter
+from etherdiff.use.generate import generate, run_source
+from etherdiff.use.merge import merge_to_folder
 
 METHODS = ("ether", "ether+", "ether+one-sided", "lora", "oft", "naive", "boft", "hra", "vera", "full", "none")
 QUICK = ("ether+", "oft", "full", "none")  # one of each kind; the others are in the slow tier
@@ -125,7 +125,7 @@ def test_resuming_with_other_maps_is_refused(tmp_path):
 def test_every_method_trains_and_draws(method, tmp_path):
     made = train_s2i(s2i_config(tmp_path / "run", steps=1, method=method, eval_every=5))
     assert (made / "adapter").is_dir() == (method != "none")
-    sheet = generate_controlled(made, tmp_path / "scenes/validation/maps/000.png", options(tmp_path / "out", steps=1, num=1))
+    sheet = draw(made, tmp_path / "scenes/validation/maps/000.png", tmp_path / "out", steps=1, num=1)
     assert sheet.is_file()
 
 
@@ -172,19 +172,20 @@ def test_magnitudes_are_learned_on_top_of_a_run(method, tmp_path):
 # --- Using it --------------------------------------------------------------------------------------------------------
 
 
-def options(output, **more):
-    return GenerateOptions(["a photo of a red ball"], output, **({"num": 2, "steps": 2, "guidance_scale": 3.0} | more))
+def draw(run, control, output, **more):
+    usual = {"prompt": ["a photo of a red ball"], "num": 2, "steps": 2, "guidance_scale": 3.0}
+    return generate(GenerateOptions(run=run, control=control, output=output, **(usual | more)))
 
 
 def test_generate_follows_files_and_folders(run, tmp_path):
     maps = run.parent / "scenes/validation/maps"
-    sheet = generate_controlled(run, maps, options(tmp_path / "all"))
+    sheet = draw(run, maps, tmp_path / "all")
     assert sheet.is_file()
     pictures = sorted((tmp_path / "all").glob("*/*.png"))
     assert len(pictures) == 4
     settings = read_png_settings(pictures[0])
     assert (settings["control"], settings["seed"], settings["sampler"]) == ("000.png", 0, "DDIM")
-    generate_controlled(run, maps / "001.png", options(tmp_path / "one"))
+    draw(run, maps / "001.png", tmp_path / "one")
     for path in (tmp_path / "one").glob("*/*.png"):
         assert path.read_bytes() == (tmp_path / "all" / path.parent.name / path.name).read_bytes()
 
@@ -192,12 +193,12 @@ def test_generate_follows_files_and_folders(run, tmp_path):
 def test_generate_says_all_that_is_wrong(run, tmp_path):
     Image.fromarray(np.full((64, 64), 99, np.uint8)).save(tmp_path / "bad.png")
     with pytest.raises(UserError) as caught:
-        generate_controlled(run, tmp_path / "bad.png", options(tmp_path / "out", num=0, resolution=50))
+        draw(run, tmp_path / "bad.png", tmp_path / "out", prompt=[], resolution=50)
     text = "\n".join(caught.value.problems)
-    assert all(said in text for said in ("label values outside", "num:", "resolution:"))
+    assert all(said in text for said in ("label values outside", "prompt:", "resolution:"))
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="neither a control file nor a folder"):
-        generate_controlled(run, tmp_path / "nothing", options(tmp_path / "out"))
+        draw(run, tmp_path / "nothing", tmp_path / "out")
 
 
 def test_a_merged_run_opens_without_etherdiff_and_predicts_the_same(run, tmp_path):

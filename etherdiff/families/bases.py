@@ -85,6 +85,11 @@ class Base:
         """Sides have to be multiples of this, or the UNet's skip connections do not meet."""
         return self.latent_scale * 2 ** (len(self.config("unet")["block_out_channels"]) - 1)
 
+    def resolution_problems(self, resolution: int) -> list[str]:
+        """Return why images of this side in pixels cannot be drawn or trained on."""
+        step = self.resolution_step
+        return [f"resolution: must be a multiple of {step} for this base, not {resolution}"] if resolution % step else []
+
 
 @dataclass
 class StableDiffusion:

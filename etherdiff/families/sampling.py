@@ -21,24 +21,26 @@ S2I_SAMPLING: dict[str, Any] = {"sampler": "DDIM", "steps": 50, "guidance_scale"
 
 def sample(
     pipeline: StableDiffusionPipeline,
-    prompt: str | None,
+    prompt: str | Sequence[str] | None,
     seeds: Sequence[int],
     resolution: int,
-    steps: int = 25,
-    guidance_scale: float = 7.5,
+    steps: int = PAPER_SAMPLING["steps"],
+    guidance_scale: float = PAPER_SAMPLING["guidance_scale"],
     **more: Any,
 ) -> list[Image.Image]:
-    """An image per seed, in one batch. An image's noise comes from its own seed, drawn on the CPU whatever the device.
+    """Draw an image per seed, in one batch. An image's noise comes from its own seed, drawn on the CPU whatever the device.
 
-    `more` goes to the pipeline: a negative prompt, or embeddings in place of prompts where the text encoder is gone.
+    prompt: one for all seeds, or one for each; None where `more` holds embeddings of them. `more` goes to the pipeline:
+    embeddings, a negative prompt, or control images (see `StableDiffusionS2IPipeline`).
     """
+    prompts = 1 if isinstance(prompt, str) else len(more["prompt_embeds"] if prompt is None else prompt)
     return pipeline(
         prompt,
         height=resolution,
         width=resolution,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
-        num_images_per_prompt=len(seeds),
+        num_images_per_prompt=len(seeds) // prompts,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         **more,
     ).images

@@ -16,7 +16,7 @@ from etherdiff.images.reading import list_images
 from etherdiff.runs.folder import RunFolder
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
-from etherdiff.use.export import trained_on
+from etherdiff.use.proof import trained_on
 
 _NUMBERED = re.compile(r"(\d+)-(.*)")
 _STEP = re.compile(r"step-(\d+)")

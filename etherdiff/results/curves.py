@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from etherdiff.config import PlotOptions
 from etherdiff.report.curves import LABELS, points, thinned
 from etherdiff.results.columns import Column, column, column_problems, is_score, scores_behind
 from etherdiff.results.identity import check_identities
@@ -18,17 +19,6 @@ from etherdiff.system.errors import UserError
 STEP = "step"
 """The x of what was logged while training."""
 NOT_LOGGED = ("step", "learning_rate")
-
-
-@dataclass(frozen=True)
-class CurveOptions:
-    """What a figure shows."""
-
-    x: str
-    y: tuple[str, ...]
-    lines: tuple[str, ...] = ("method",)
-    paper: bool = True
-    anyway: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +56,7 @@ class Figure:
     left_out: list[LeftOut]
 
 
-def make_figure(paths: Sequence[Path], options: CurveOptions) -> Figure:
+def make_figure(paths: Sequence[Path], options: PlotOptions) -> Figure:
     """Read the runs and average those of each point. UserError with everything that is wrong, before anything is computed."""
     if options.x == STEP:
         return _over_steps(paths, options)
@@ -86,7 +76,7 @@ def make_figure(paths: Sequence[Path], options: CurveOptions) -> Figure:
     return Figure(options.x, panels, numbers.remarks(), collection.left_out)
 
 
-def _refuse_keys(runs: Sequence[Run], options: CurveOptions) -> None:
+def _refuse_keys(runs: Sequence[Run], options: PlotOptions) -> None:
     problems = [*check_keys(options.lines, runs, "lines"), *check_keys((options.x,), runs, "x")]
     if options.x in options.lines:
         problems.append(f"--x {options.x}: it tells the lines apart already (--lines)")
@@ -100,7 +90,7 @@ def _refuse_keys(runs: Sequence[Run], options: CurveOptions) -> None:
         raise UserError(problems)
 
 
-def _panel(of: Column, collection: Collection, numbers: Numbers, options: CurveOptions) -> Panel:
+def _panel(of: Column, collection: Collection, numbers: Numbers, options: PlotOptions) -> Panel:
     lines = []
     for values, runs in group(collection.runs, options.lines).items():
         cells = {at: numbers.cell(there, of.name) for (at,), there in group(runs, (options.x,)).items()}
@@ -111,12 +101,12 @@ def _panel(of: Column, collection: Collection, numbers: Numbers, options: CurveO
     return Panel(of, lines)
 
 
-def _diverged(collection: Collection, values: tuple[Value, ...], options: CurveOptions) -> list[float]:
+def _diverged(collection: Collection, values: tuple[Value, ...], options: PlotOptions) -> list[float]:
     lost = [one.run for one in lost_of(collection, options.lines, values) if one.diverged and one.run]
     return sorted({at for run in lost if (at := _number(value_of(run, options.x))) is not None})
 
 
-def _over_steps(paths: Sequence[Path], options: CurveOptions) -> Figure:
+def _over_steps(paths: Sequence[Path], options: PlotOptions) -> Figure:
     """Means over the runs of a line at each step that was logged; a long curve is thinned to neighbours' means."""
     collection = collect(paths, scored=False)
     runs = collection.runs

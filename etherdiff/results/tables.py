@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from etherdiff.config import TableOptions
 from etherdiff.eval.metrics import METRICS
 from etherdiff.results.columns import Column, column, column_problems, is_score, scores_behind, usual_columns
 from etherdiff.results.facts import FACTS, fact
@@ -18,27 +19,6 @@ from etherdiff.runs.result import SetScores
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 from etherdiff.system.terminal import track
-
-
-@dataclass(frozen=True)
-class TableOptions:
-    """What a table shows."""
-
-    rows: tuple[str, ...] = ("method",)
-    columns: tuple[str, ...] | None = None
-    """None: the paper's, for the runs' task."""
-    best: str | None = None
-    """A key of which each row shows its best value's runs, and how wide the good values are."""
-    share: float | None = None
-    """Of a row's best score that counts as good with `best`; above 0, at most 1; None: `SHARE`."""
-    paper: bool = True
-    anyway: bool = False
-    """Whether scores that were computed otherwise may stand in the table, marked."""
-
-    @property
-    def good_share(self) -> float:
-        """Of a row's best score: the share asked for, or the usual one."""
-        return self.share or SHARE
 
 
 @dataclass(frozen=True)
@@ -134,8 +114,6 @@ def _refuse_keys(collection: Collection, options: TableOptions) -> None:
             problems += setting_problems(options.best, runs)
     elif options.share is not None:
         problems.append("--share: it is of the best, so say with --best of which key")
-    if options.share is not None and not 0 < options.share <= 1:
-        problems.append(f"--share: must be above 0 and at most 1, not {options.share:g}")
     if len(tasks := {run.task: run for run in runs}) > 1:
         told = " and ".join(f"{run.folder.path} ({task})" for task, run in tasks.items())
         problems.append(f"a table is of one task, but there are {told}: give the folders of one of them")
@@ -253,7 +231,7 @@ def _best_row(
     best = (max if higher else min)(found, key=lambda setting: found[setting], default=None)
     if best is None:  # every setting has failed
         return Row(values, runs, {}, left_out=len(lost))
-    plateau = find_plateau(points, higher, options.good_share)
+    plateau = find_plateau(points, higher, options.share or SHARE)
     return _row(values, by_setting[best], names, numbers, collection, options, (best, plateau))
 
 
@@ -312,8 +290,8 @@ def _remarks(rows: Sequence[Row], judged: Sequence[str], options: TableOptions, 
 
 
 def _of_best(options: TableOptions, by: str) -> str:
-    at_least = f"{options.good_share:.0%} of the row's own best or better"
-    at_most = f"the row's own best / {options.good_share:g} or less"
+    at_least = f"{options.share or SHARE:.0%} of the row's own best or better"
+    at_most = f"the row's own best / {options.share or SHARE:g} or less"
     good = at_least if column(by).higher_is_better else at_most
     return (
         f"of each row, the runs with the best {options.best} by {by}, chosen on these very numbers; decades: the width "

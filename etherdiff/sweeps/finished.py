@@ -46,6 +46,6 @@ def is_scored(run: SweepRun) -> bool:
     so that one which came since is theirs, whoever was killed before he could write that it came.
     """
     state, scores = read_state(run), scores_hash(run)
-    if scores is None or run.scoring is None or state.get("eval") != run.scoring.record():
+    if scores is None or not run.is_scored_with(state.get("eval")):
         return False
     return bool(scores == state["scores"] if "scores" in state else scores != state.get("scores_before", scores))

@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Callable, Hashable
-from pathlib import Path
 from typing import Any
 
-from etherdiff.config import DreamBoothConfig, PerturbConfig, RunConfig, S2IConfig
+from etherdiff import config as c
+from etherdiff.config import ControlEvalOptions, DreamBoothConfig, PerturbConfig, RunConfig, S2IConfig, SubjectEvalOptions
 from etherdiff.control.datasets import ControlDataset
 from etherdiff.eval.evaluate import EvalOptions, prompt_texts
 from etherdiff.eval.evaluate_control import ControlOptions, choose_pairs
@@ -14,7 +14,6 @@ from etherdiff.eval.metrics import CONTROL_METRICS
 from etherdiff.eval.networks import choose_preset, find_backbones
 from etherdiff.eval.readback import NotReadable, find_readback
 from etherdiff.eval.scores import Scoring as SubjectScores
-from etherdiff.sweeps.scoring import ControlScoring, Scoring, SubjectScoring
 from etherdiff.system.devices import resolve_device
 from etherdiff.system.errors import UserError
 
@@ -22,16 +21,16 @@ from etherdiff.system.errors import UserError
 class ScoringCheck:
     """Called with each run's resolved configuration and plan; networks, the same for many runs, are looked for once."""
 
-    def __init__(self, scoring: Scoring | None) -> None:
+    def __init__(self, scoring: c.EvalOptions | None) -> None:
         self.scoring = scoring
         self.networks: dict[Hashable, list[str]] = {}
 
     def __call__(self, config: RunConfig, plan: Any) -> None:
         """UserError with everything that scoring will stumble over."""
-        if isinstance(self.scoring, SubjectScoring):
+        if isinstance(self.scoring, SubjectEvalOptions):
             assert isinstance(config, DreamBoothConfig | PerturbConfig)
             problems = self._of_subject(self.scoring, config, plan)
-        elif isinstance(self.scoring, ControlScoring):
+        elif isinstance(self.scoring, ControlEvalOptions):
             assert isinstance(config, S2IConfig)
             problems = self._of_control(self.scoring, config, plan.dataset)
         else:
@@ -39,7 +38,7 @@ class ScoringCheck:
         if problems:
             raise UserError([f"eval: {problem}" for problem in problems])
 
-    def _of_subject(self, scoring: SubjectScoring, config: DreamBoothConfig | PerturbConfig, plan: Any) -> list[str]:
+    def _of_subject(self, scoring: SubjectEvalOptions, config: DreamBoothConfig | PerturbConfig, plan: Any) -> list[str]:
         options = subject_options(scoring)
         if found := options.problems():
             return found
@@ -55,7 +54,7 @@ class ScoringCheck:
         roles = SubjectScores(metrics=options.metrics).roles
         return found + self._once(preset, lambda: find_backbones(roles, preset, options.named_backbones, options.device))
 
-    def _of_control(self, scoring: ControlScoring, config: S2IConfig, dataset: ControlDataset) -> list[str]:
+    def _of_control(self, scoring: ControlEvalOptions, config: S2IConfig, dataset: ControlDataset) -> list[str]:
         options = control_options(scoring)
         if found := options.problems():
             return found
@@ -84,25 +83,17 @@ class ScoringCheck:
         return self.networks[key]
 
 
-def subject_options(scoring: SubjectScoring) -> EvalOptions:
-    """As `etherdiff eval` makes them of its command line."""
-    given = scoring.common_options() | ({} if scoring.num is None else {"num": scoring.num})
-    return EvalOptions(
-        prompts=Path(scoring.prompts) if scoring.prompts else None,
-        clip_t_prompt="without identifier" if scoring.plain_clip_t else "with identifier",
-        checkpoint=scoring.checkpoint,
-        base=scoring.base,
-        **given,
-    )
+def subject_options(options: SubjectEvalOptions) -> EvalOptions:
+    """As `evaluate` takes them."""
+    found = options.model_dump(exclude={"plain_clip_t", "backbone", "metrics"})
+    found |= {} if options.metrics is None else {"metrics": options.metrics}
+    form = "without identifier" if options.plain_clip_t else "with identifier"
+    return EvalOptions(backbones=options.backbone, clip_t_prompt=form, **found)
 
 
-def control_options(scoring: ControlScoring) -> ControlOptions:
-    """As `etherdiff eval` makes them of its command line."""
-    same = ("guide_control", "shuffle_maps", "without_control", "real")
-    given = scoring.common_options() | {name: getattr(scoring, name) for name in same}
-    if scoring.guidance_scale is not None:
-        given["guidance_scale"] = scoring.guidance_scale
-    return ControlOptions(num_maps=scoring.num_maps, **given)
+def control_options(options: ControlEvalOptions) -> ControlOptions:
+    """As `evaluate_control` takes them."""
+    return ControlOptions(backbones=options.backbone, **options.model_dump(exclude={"backbone"}))
 
 
 def checkpoint_problems(name: str, config: DreamBoothConfig | PerturbConfig) -> list[str]:

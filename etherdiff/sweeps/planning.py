@@ -5,18 +5,15 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from etherdiff.config import DreamBoothConfig, PerturbConfig, RunConfig, S2IConfig, TrainConfig, load_run_config
 from etherdiff.runs.folder import RunFolder, write_settings
 from etherdiff.sweeps.judging import ScoringCheck
-from etherdiff.sweeps.mistakes import Mistakes
-from etherdiff.sweeps.spec import OWN_KEYS, PREVIOUS, Sweep, Variant
-from etherdiff.sweeps.tasks import TASKS
+from etherdiff.sweeps.spec import OWN_KEYS, PREVIOUS, TASKS, Sweep, Variant
 from etherdiff.sweeps.units import Run, Unit
-from etherdiff.system.errors import UserError
+from etherdiff.system.errors import Problems, UserError
 from etherdiff.system.terminal import console
 from etherdiff.tasks import plan_job
 from etherdiff.tasks.perturb import plan_perturbation
@@ -27,23 +24,23 @@ def plan_units(sweep: Sweep, output: Path, for_now: bool = True) -> list[Unit]:
 
     output: the sweep's folder, absolute. for_now: whether the runs are to start here, which takes the base's weights.
     """
-    mistakes, check = Mistakes(), ScoringCheck(sweep.scoring)
+    problems, check = Problems(), ScoringCheck(sweep.scoring)
     units, labels = [], dict[str, str]()
     with _silence():
         for variants in sweep.units:
             runs: list[Run] = []
             for variant in variants:
                 previous = runs[-1] if runs else None
-                run = mistakes.attempt(partial(_plan, sweep, variant, previous, output, check, for_now), variant.label)
+                run = problems.of(variant.label).attempt(_plan, sweep, variant, previous, output, check, for_now).value
                 if run is None:
                     break  # what builds on it cannot be planned
                 told = json.dumps(run.config, sort_keys=True)
                 if told in labels:
-                    mistakes.add([f"{labels[told]} and {variant.label} are the same run: leave one out"])
+                    problems.add(f"{labels[told]} and {variant.label} are the same run: leave one out")
                 labels[told] = variant.label
                 runs.append(run)
             units.append(Unit(tuple(runs), sweep.resources.cpus, sweep.resources.gpus))
-    mistakes.raise_if_any(sweep.path, sweep.size)
+    problems.raise_if_any(f"{sweep.path}: ", sweep.size)
     return units
 
 

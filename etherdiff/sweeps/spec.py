@@ -15,20 +15,26 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from etherdiff.config import (
+    ControlEvalOptions,
+    DreamBoothConfig,
+    EvalOptions,
+    PerturbConfig,
+    Resources,
+    RunConfig,
+    S2IConfig,
+    SubjectEvalOptions,
+    SweepFile,
+    load_run_config,
+    load_yaml,
+    read_recipe,
+)
+from etherdiff.system.errors import Problems, UserError
 
-from etherdiff.config import RunConfig, load_run_config, load_yaml
-from etherdiff.sweeps.mistakes import Mistakes
-from etherdiff.sweeps.scoring import Scoring
-from etherdiff.sweeps.tasks import TASKS
-from etherdiff.system.errors import UserError
-
-M = TypeVar("M", bound=BaseModel)
 PREVIOUS = "{previous}"
 """In a value under `then`: the folder of the run before."""
 OWN_KEYS = ("output", "overwrite", "dry_run")
@@ -36,34 +42,21 @@ OWN_KEYS = ("output", "overwrite", "dry_run")
 MAX_RUNS = 10_000
 
 
-class Resources(BaseModel):
-    """What each run gets."""
+@dataclass(frozen=True)
+class SweepTask:
+    """What a sweep can run: a command of etherdiff that makes run folders, and how they are scored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    cpus: int = Field(1, ge=1, description="processor cores, and threads")
-    gpus: float = Field(0, ge=0, description="GPUs, or a fraction of one")
-
-    @field_validator("gpus")
-    @classmethod
-    def _shared_or_whole(cls, gpus: float) -> float:
-        if gpus > 1 and gpus != int(gpus):
-            raise ValueError("must be a fraction of one, or a whole number")
-        return gpus
+    command: str
+    config: type[RunConfig]
+    eval_options: type[EvalOptions]
 
 
-class SweepFile(BaseModel):
-    """The file as it is written."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    task: str = Field(description=f"what is run: {', '.join(TASKS)}")
-    recipe: str | None = Field(None, description="YAML file of options, relative to the sweep file")
-    settings: dict[str, Any] = Field({}, description="options of all runs, over the recipe")
-    grid: dict[str, list[Any]] = Field({}, description="option: list of values; every combination is run")
-    runs: list[dict[str, Any]] = Field([{}], min_length=1, description="alternatives, each run with every combination")
-    eval: dict[str, Any] | bool = Field({}, description="options of etherdiff eval; false: runs are not scored")
-    resources: dict[str, Any] = Field({}, description="cpus and gpus of each run")
+TASKS = {
+    "dreambooth": SweepTask("train-dreambooth", DreamBoothConfig, SubjectEvalOptions),
+    "s2i": SweepTask("train-s2i", S2IConfig, ControlEvalOptions),
+    "perturb": SweepTask("perturb", PerturbConfig, SubjectEvalOptions),
+}
+"""By the names that run.yaml has for them."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +79,8 @@ class Sweep:
     task: str
     units: tuple[tuple[Variant, ...], ...]
     """Runs that depend on no other, each followed by those on top of it."""
-    scoring: Scoring | None
+    scoring: EvalOptions | None
+    """None: its runs are not scored."""
     resources: Resources
 
     @property
@@ -96,47 +90,37 @@ class Sweep:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """The runs of a sweep file. Raises one UserError with everything that is wrong with it."""
-    file, mistakes = _read_file(path), Mistakes()
+    """Read the runs of a sweep file. Raises one UserError with everything that is wrong with it."""
+    file, problems = _read_file(path), Problems()
     task = TASKS.get(file.task)
     if task is None:
-        mistakes.add([f"task: must be {', '.join(TASKS)}, not {file.task!r}"])
-    mistakes.add(_misplaced(file))
-    resources = mistakes.attempt(lambda: _checked(Resources, file.resources), about="resources: ")
-    scoring = None
+        problems.add(f"task: must be {', '.join(TASKS)}, not {file.task!r}")
+    problems.add(*_misplaced(file))
+    resources = problems.of("", "resources: ").attempt(load_run_config, Resources, file.resources)
+    scoring: EvalOptions | None = None
     if task is not None and file.eval is not False:
         wanted = {} if file.eval is True else file.eval
-        scoring = mistakes.attempt(lambda: _checked(task.scoring, wanted), about="eval: ")
-    mistakes.raise_if_any(path)
-    assert task is not None
-    assert resources is not None
-    asked = list(_units(file))
-    units = []
+        scoring = problems.of("", "eval: ").attempt(load_run_config, task.eval_options, wanted).value
+    problems.raise_if_any(f"{path}: ")
+    asked, units = list(_units(file)), []
     for unit in asked:
         variants = []
         for label, values in unit:
-            config = mistakes.attempt(partial(_configure, path, task.config, file.recipe, values), label)
-            if config is not None:
-                variants.append(Variant(label, values, config))
+            config = problems.of(label).attempt(_configure, path, TASKS[file.task].config, file.recipe, values)
+            variants += [Variant(label, values, config.value)] if config.value else []
         units.append(tuple(variants))
-    mistakes.raise_if_any(path, sum(map(len, asked)))
-    return Sweep(path, file.task, tuple(units), scoring, resources)
+    problems.raise_if_any(f"{path}: ", sum(map(len, asked)))
+    return Sweep(path, file.task, tuple(units), scoring, *problems.settle(resources))
 
 
 def _read_file(path: Path) -> SweepFile:
     if not path.is_file():
         raise UserError(f"{path}: there is no such sweep file")
-    content, mistakes = load_yaml(path), Mistakes()
+    content, problems = load_yaml(path), Problems(f"{path}: ")
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{path}: a sweep file is a list of `key: value` lines")
-    file = mistakes.attempt(lambda: _checked(SweepFile, content))
-    mistakes.raise_if_any(path)
-    assert file is not None
+    (file,) = problems.settle(problems.attempt(load_run_config, SweepFile, content))
     return file
-
-
-def _checked(cls: type[M], content: dict[str, Any]) -> M:
-    return load_run_config(cls, content)  # type: ignore[type-var]  # its explanations fit any model
 
 
 def _misplaced(file: SweepFile) -> list[str]:
@@ -152,6 +136,8 @@ def _misplaced(file: SweepFile) -> list[str]:
     if not all(isinstance(more, dict) and "then" not in more for more in later):
         found.append("runs: each run under then must be `key: value` options, without another then")
         later = []
+    if isinstance(file.eval, dict) and "overwrite" in file.eval:
+        found.append("eval: overwrite: the sweep chooses it itself; leave it out")
     for part in (file.settings, file.grid, *file.runs, *later):
         found += [f"{key}: the sweep chooses it itself; leave it out" for key in OWN_KEYS if key in part]
     both = {key for alternative in file.runs for key in alternative if key in file.grid}
@@ -194,7 +180,7 @@ def _slug(key: str, value: Any) -> str:
 
 def _configure(path: Path, cls: type[RunConfig], recipe: str | None, values: dict[str, Any]) -> RunConfig:
     """A run's configuration: its values over its recipe's."""
-    content = {} if recipe is None else _read_recipe(path.parent / _filled_in(recipe, values))
+    content = {} if recipe is None else read_recipe(path.parent / _filled_in(recipe, values))
     return load_run_config(cls, content | values)
 
 
@@ -204,11 +190,3 @@ def _filled_in(recipe: str, values: Mapping[str, Any]) -> str:
     if lacking:
         raise UserError(f"recipe: {recipe} needs {' and '.join(lacking)}, which the run does not say")
     return re.sub(r"\{(\w+)\}", lambda found: str(values[found[1]]), recipe)
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    content = load_yaml(path) or {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a recipe is a list of `key: value` lines")
-    content.pop("provenance", None)  # a run folder's run.yaml is a recipe too
-    return content

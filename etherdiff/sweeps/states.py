@@ -25,13 +25,13 @@ def write_state(run: Run, content: dict[str, Any]) -> None:
 
 def expect_scores(run: Run, content: dict[str, Any]) -> None:
     """The same, before a run is scored: a metrics.json that comes after this is what the run's options wrote."""
-    options = {} if run.scoring is None else {"eval": run.scoring.record(), "scores_before": scores_hash(run)}
+    options = {} if run.scoring is None else {"eval": run.scoring_record(), "scores_before": scores_hash(run)}
     write_state(run, {**content, **options})
 
 
 def confirm_scores(run: Run, content: dict[str, Any]) -> None:
     """The same, after it is scored: only this metrics.json is."""
-    options = {} if run.scoring is None else {"eval": run.scoring.record(), "scores": scores_hash(run)}
+    options = {} if run.scoring is None else {"eval": run.scoring_record(), "scores": scores_hash(run)}
     write_state(run, {**content, **options})
 
 

@@ -5,23 +5,22 @@ import os
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
 
+from etherdiff.config import SweepOptions
 from etherdiff.sweeps.backend import Backend, Here
 from etherdiff.sweeps.execute import Orders, Outcome
 from etherdiff.sweeps.finished import Stage, stage_of
-from etherdiff.sweeps.mistakes import Mistakes
 from etherdiff.sweeps.planning import plan_units
 from etherdiff.sweeps.progress import Progress
 from etherdiff.sweeps.spec import Sweep, read_sweep
 from etherdiff.sweeps.states import expect_scores
 from etherdiff.sweeps.units import Run, Unit, shell_command
 from etherdiff.system import signals
-from etherdiff.system.errors import RunError, Stopped, UserError
+from etherdiff.system.errors import Problems, RunError, Stopped, UserError
 from etherdiff.system.files import write_text
 from etherdiff.system.locks import LOCK, run_lock
 from etherdiff.system.terminal import say, warn
@@ -30,32 +29,6 @@ COPY = "sweep.yaml"
 FORWARDED = ("ETHERDIFF_CACHE", "ETHERDIFF_DATA")
 """Environment variables that runs on other machines are told."""
 SAID = {Stage.ABSENT: "to do", Stage.BEGUN: "to be resumed", Stage.MADE: "to be scored", Stage.FINISHED: "finished"}
-
-
-@dataclass(frozen=True)
-class SweepOptions:
-    """How to do a sweep."""
-
-    output: Path | None = None
-    """None: sweeps/NAME of the file."""
-    address: str | None = None
-    """Of a Ray cluster."""
-    jobs: int | None = None
-    """Runs at a time, at most; None: as many as the resources allow."""
-    retries: int = 1
-    program: tuple[str, ...] = ()
-    """What runs in place of etherdiff; for tests."""
-
-    def problems(self) -> list[str]:
-        """Everything wrong with the options by themselves."""
-        found = []
-        if self.jobs is not None and self.jobs < 1:
-            found.append(f"jobs: must be at least 1, not {self.jobs}")
-        if self.retries < 0:
-            found.append(f"retries: must be at least 0, not {self.retries}")
-        if (self.address is not None or (self.jobs or 1) > 1) and not has_ray():
-            found.append("several runs at a time need Ray: pip install 'etherdiff[ray]'")
-        return found
 
 
 @dataclass(frozen=True)
@@ -85,23 +58,22 @@ def has_ray() -> bool:
 
 def plan_sweep(file: Path, options: SweepOptions, for_now: bool = True) -> Planned:
     """Check everything; nothing is written. UserError with all that is wrong."""
-    mistakes = Mistakes()
-    mistakes.add(options.problems())
-    sweep = mistakes.attempt(lambda: read_sweep(file))
-    mistakes.raise_if_any()
-    assert sweep is not None
+    problems = Problems()
+    if (options.address is not None or (options.jobs or 1) > 1) and not has_ray():
+        problems.add("several runs at a time need Ray: pip install 'etherdiff[ray]'")
+    (sweep,) = problems.settle(problems.attempt(read_sweep, file))
     output = (options.output or Path("sweeps") / file.stem).absolute()
     if output.is_dir() and any(path.name != LOCK for path in output.iterdir()) and not (output / COPY).is_file():
         raise UserError(f"output: {output} holds something that is not a sweep; choose another folder")
     units = plan_units(sweep, output, for_now)
     runs = [run for unit in units for run in unit.runs]
-    stages = {run.name: mistakes.attempt(partial(stage_of, run)) for run in runs}
-    mistakes.raise_if_any(file)
+    stages = {run.name: problems.of(run.name).attempt(stage_of, run).value for run in runs}
+    problems.raise_if_any(f"{file}: ")
     return Planned(sweep, output, units, {name: stage for name, stage in stages.items() if stage is not None})
 
 
-def run_sweep(file: Path, options: SweepOptions) -> Path:
-    """Do all that is not done; returns the sweep's folder.
+def run_sweep(file: Path, options: SweepOptions, program: tuple[str, ...] = ()) -> Path:
+    """Do all that is not done; returns the sweep's folder. program: what runs in place of etherdiff, for tests.
 
     Raises:
         UserError: everything that is wrong, before anything starts.
@@ -116,7 +88,7 @@ def run_sweep(file: Path, options: SweepOptions) -> Path:
         say(f"{planned.output}: {total} runs, {total - left} finished already", style="bold")
         _warn_of_gpu(planned.sweep)
         _warn_of_others(planned)
-        failed = _do(units, total - left, options) if units else []
+        failed = _do(units, total - left, options, program) if units else []
     if failed:
         raise RunError(_summary(failed, total))
     say(f"{planned.output}: all {total} runs are finished")
@@ -158,11 +130,11 @@ def _commands(run: Run, stage: Stage) -> list[list[str]]:
     return make + ([] if run.scoring is None else [run.score_command()])
 
 
-def _do(units: Sequence[Unit], finished: int, options: SweepOptions) -> list[Outcome]:
+def _do(units: Sequence[Unit], finished: int, options: SweepOptions, program: tuple[str, ...]) -> list[Outcome]:
     """Do units; returns the outcomes of the runs that failed. Stopped where a signal came."""
     session = uuid.uuid4().hex
     environment = {name: os.environ[name] for name in FORWARDED if name in os.environ}
-    orders = Orders(options.retries, session, environment, options.program)
+    orders = Orders(options.retries, session, environment, program)
     with signals.deferred():
         backend = _backend(units, orders, options)
         progress = Progress([run for unit in units for run in unit.runs], finished, session)

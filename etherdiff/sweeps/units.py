@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from etherdiff.config import EvalOptions
 from etherdiff.runs.folder import RunFolder
-from etherdiff.sweeps.scoring import Scoring
-from etherdiff.sweeps.tasks import TASKS
+from etherdiff.sweeps.spec import TASKS
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Run:
     task: str
     config: dict[str, Any]
     """Resolved, as run.yaml records it, without `output`."""
-    scoring: Scoring | None
+    scoring: EvalOptions | None
+    """None: it is not scored."""
 
     @property
     def folder(self) -> Path:
@@ -69,8 +72,19 @@ class Run:
 
     def score_command(self) -> list[str]:
         """Arguments of etherdiff that score it; images that other options drew are drawn anew."""
-        assert self.scoring is not None
-        return ["eval", str(self.folder), *self.scoring.arguments(), "--overwrite"]
+        return ["eval", str(self.folder), *eval_arguments(self.scoring_record()), "--overwrite"]
+
+    def scoring_record(self) -> dict[str, Any]:
+        """The options of its scoring as the state file holds them: what is not the default."""
+        found = {} if self.scoring is None else self.scoring.model_dump(mode="json", exclude_defaults=True)
+        return found | ({"metrics": ",".join(found["metrics"])} if found.get("metrics") is not None else {})
+
+    def is_scored_with(self, record: Any) -> bool:
+        """Whether a state file's record means these options."""
+        try:
+            return self.scoring is not None and type(self.scoring).model_validate(record) == self.scoring
+        except ValidationError:
+            return False
 
 
 @dataclass(frozen=True)
@@ -89,6 +103,18 @@ class Unit:
         """What its commands are to find, so that they compute the same wherever they run."""
         hidden = {} if self.gpus else {"CUDA_VISIBLE_DEVICES": ""}
         return {"OMP_NUM_THREADS": str(self.threads), **hidden}
+
+
+def eval_arguments(options: dict[str, Any]) -> list[str]:
+    """Recorded options as the command line of `etherdiff eval` takes them."""
+    found = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            found += [part for one in (value if isinstance(value, list) else [value]) for part in (f"--{flag}", str(one))]
+    return found
 
 
 def shell_command(unit: Unit, arguments: list[str]) -> str:

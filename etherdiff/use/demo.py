@@ -1,26 +1,25 @@
 """`etherdiff demo`: the whole job on the tiny world, ending with what to look at and what to type next."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from etherdiff.config import DreamBoothConfig
+from etherdiff.config import DreamBoothConfig, ExportOptions, MergeOptions
 from etherdiff.eval.evaluate import EvalOptions, evaluate
 from etherdiff.eval.metrics import HELD_OUT
 from etherdiff.eval.protocol import BASE_IMAGES, IMAGES, make_prompts
 from etherdiff.families.sampling import sheet, slug
 from etherdiff.images.reading import list_images, read_images
 from etherdiff.images.sheets import contact_sheet
-from etherdiff.run import train_dreambooth
 from etherdiff.runs.folder import RunFolder
 from etherdiff.system.errors import UserError
 from etherdiff.system.terminal import say
 from etherdiff.tasks.subjects import prompts_for
 from etherdiff.tiny.dreambooth import render_folder
 from etherdiff.tiny.subjects import SUBJECTS
-from etherdiff.use.export import export_adapter, merge_to_folder
-from etherdiff.use.generate import run_source
+from etherdiff.use.export import export_run
+from etherdiff.use.merge import merge_run
 
 SUBJECT = "toadstool"
 METHOD = "ether+"
@@ -33,13 +32,16 @@ SEEDS = 2  # images of each prompt: with more, the demo takes over five minutes
 ENLARGED = 3  # times, on the sheet
 
 
-def run_demo(output: Path, steps: int = STEPS, denoising_steps: int = 25) -> None:
-    """Train ETHER+ on a subject of the tiny world, draw and score what it learned, merge and export, all under `output`."""
+def run_demo(output: Path, train: Callable[[DreamBoothConfig], Path], steps: int = STEPS, denoising_steps: int = 25) -> None:
+    """Train ETHER+ on a subject of the tiny world, draw and score what it learned, merge and export, all under `output`.
+
+    train: makes a run folder of a configuration, as `etherdiff.run.train` does.
+    """
     if output.exists() and any(output.iterdir()):
         raise UserError(f"output: {output} is not empty; choose another folder with --output")
     photos = output / "subject"
     render_folder(SUBJECT, photos)
-    run = train_dreambooth(
+    run = train(
         DreamBoothConfig(
             base="tiny",
             method=METHOD,
@@ -59,10 +61,9 @@ def run_demo(output: Path, steps: int = STEPS, denoising_steps: int = 25) -> Non
     result = evaluate(run, EvalOptions(num=SEEDS, steps=denoising_steps))
     after, before = (found["scores"]["dino" + HELD_OUT]["mean"] for found in (result, result["base"]))
     before_after(run, photos).save(output / "before-after.png")
-    source = run_source(run)
-    proof = merge_to_folder(source.base, [(path, 1.0) for path in source.adapters], output / "merged")
+    proof = merge_run(run, MergeOptions(output=output / "merged"))
     lora_file = output / "lora.safetensors"
-    lora = export_adapter(source.base, source.adapters[0], lora_file, "kohya")
+    lora = export_run(run, ExportOptions(output=lora_file, format="kohya"))
     say("\nLook at", style="bold")
     for path, what in (
         (output / "before-after.png", f"{METHOD} beside its base, which is asked for the same without {IDENTIFIER!r}"),

@@ -1,135 +1,205 @@
-"""`etherdiff generate`: pictures from a run, or from a base with adapters, and the sheet that shows them together."""
+"""`etherdiff generate`: images from a run, or from a base with adapters, and the sheet that shows them together."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from etherdiff.adapters.io import load_adapters
+from etherdiff.adapters.io import load_adapters, read_adapter
+from etherdiff.config import GenerateOptions, S2IConfig
+from etherdiff.control.signal import Signal
+from etherdiff.control.signals import recorded_signal
 from etherdiff.families.bases import Base, Parts, find_base, load_base, make_pipeline
-from etherdiff.families.sampling import PAPER_SAMPLING, chunks, sample, save_images, sheet
+from etherdiff.families.sampling import PAPER_SAMPLING, S2I_SAMPLING, chunks, sample, sheet, slug
+from etherdiff.images.png import save_png
+from etherdiff.runs.control import load_hint_encoder, make_s2i_pipeline
+from etherdiff.runs.folder import RunFolder
 from etherdiff.runs.run import Run
 from etherdiff.system.devices import device_problem, resolve_device
-from etherdiff.system.errors import UserError
+from etherdiff.system.errors import Problems, UserError
 from etherdiff.system.terminal import say, track
 
 MAX_COLUMNS = 8
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    """What to draw and how; sizes in pixels, `scale` multiplies the adapters' updates."""
-
-    prompts: list[str]
-    output: Path
-    num: int = 4
-    batch_size: int = 4
-    seed: int = 0
-    steps: int = 25
-    guidance_scale: float = 7.5
-    negative_prompt: str = ""
-    resolution: int | None = None
-    scale: float = 1.0
-    device: str = "auto"
-    offload: bool = False
-
-    def problems(self) -> list[str]:
-        """Everything wrong with the options, one sentence each."""
-        found = [f"{name}: must be at least 1, not {value}" for name, value in self._counts().items() if value < 1]
-        if self.seed < 0:
-            found.append(f"seed: must be at least 0, not {self.seed}")
-        if not self.prompts:
-            found.append("prompt: give --prompt TEXT or --prompts FILE")
-        wrong_device = device_problem(self.device)
-        if wrong_device:
-            found.append(wrong_device)
-        if self.offload and not torch.cuda.is_available():
-            found.append("offload: there is no GPU to offload from")
-        return found
-
-    def _counts(self) -> dict[str, int]:
-        counts = {"num": self.num, "batch_size": self.batch_size, "steps": self.steps}
-        return counts if self.resolution is None else counts | {"resolution": self.resolution}
+"""Images in a row of the sheet."""
+NOT_CONTROL = {".jsonl", ".txt", ".md", ".csv"}
+"""Endings of files that lie in a folder of control files without being one."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What draws: a base, the adapters on it, and of a controllable run the hint encoder's folder."""
+    """What draws: a base, the adapters on it, and the hint encoder's folder if the run is controllable."""
 
     base: Base
     adapters: list[Path]
     hint_encoder: Path | None = None
 
 
+@dataclass(frozen=True)
+class Row:
+    """One row of the sheet: a prompt, with a control file if the run is controllable."""
+
+    prompt: str
+    folder: Path
+    """Folder of its images."""
+    control: Path | None = None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is drawn and how, checked."""
+
+    source: Source
+    options: GenerateOptions
+    prompts: list[str]
+    resolution: int
+    controls: list[Path]
+    signal: Signal | None
+    """How the control files are read."""
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Sampler, steps and guidance: the paper's for the task, unless the options say otherwise."""
+        usual = S2I_SAMPLING if self.controls else PAPER_SAMPLING
+        given = {"steps": self.options.steps, "guidance_scale": self.options.guidance_scale}
+        return usual | {name: value for name, value in given.items() if value is not None}
+
+    def rows(self) -> Iterator[Row]:
+        """Every prompt; under control, every prompt with every control file."""
+        for number, prompt in enumerate(self.prompts if not self.controls else []):
+            yield Row(prompt, self.options.output / f"{number:03d}-{slug(prompt)}")
+        for file in self.controls:
+            for prompt in self.prompts:
+                yield Row(prompt, self.options.output / f"{file.stem}-{slug(prompt)}", file)
+
+    def png_settings(self, row: Row, seed: int) -> dict[str, Any]:
+        """What an image's file holds about how it was made."""
+        drawn = {**self.sampling, "negative_prompt": self.options.negative_prompt}
+        drawn = {name: drawn[name] for name in ("steps", "sampler", "guidance_scale", "negative_prompt")}
+        named = {"prompt": row.prompt, "seed": seed}
+        if row.control is None:
+            adapters = [str(folder) for folder in self.source.adapters]
+            return {**named, "model": self.source.base.name, "adapters": adapters, "adapter_scale": self.options.scale, **drawn}
+        use = {"control_scale": self.options.control_scale, "guide_control": self.options.guide_control}
+        made_by = {"model": self.source.base.name, "run": str(self.options.run), "control": row.control.name}
+        return {**named, **drawn, **made_by, **use}
+
+
+def generate(options: GenerateOptions) -> Path:
+    """Draw every prompt at seeds seed, seed + 1, …, under every control file; return the contact sheet's path.
+
+    UserError with everything that is wrong, before anything is loaded.
+    """
+    drawing = plan_drawing(options)
+    pipeline, seeds = load_pipeline(drawing), range(options.seed, options.seed + options.num)
+    rows, labels = [], []
+    for row in track(list(drawing.rows()), "generating"):
+        control = drawing.signal and row.control and Image.fromarray(drawing.signal.picture(row.control, drawing.resolution))
+        images = _draw(pipeline, drawing, row.prompt, control, seeds)
+        row.folder.mkdir(parents=True, exist_ok=True)
+        for seed, image in zip(seeds, images, strict=True):
+            save_png(image, row.folder / f"{seed}.png", drawing.png_settings(row, seed))
+        rows.append([*([control] if control else []), *images][:MAX_COLUMNS])
+        labels.append(row.prompt)
+    titles = [*(["control"] if drawing.controls else []), *(f"seed {seed}" for seed in seeds)]
+    path = options.output / "sheet.png"
+    sheet(rows, labels, titles[: len(rows[0])]).save(path)
+    say(f"{len(rows) * options.num} images in {options.output}; all together: {path}")
+    return path
+
+
+def plan_drawing(options: GenerateOptions) -> Drawing:
+    """Check the options, and find what draws and what is drawn. Raises one UserError with everything."""
+    problems = Problems()
+    if (options.run is None) == (options.base is None):
+        problems.add("give either --run, or --base (with --adapter)")
+    if options.run is not None and options.adapter:
+        problems.add("--adapter goes with --base; a run brings its own")
+    if options.run is None and options.control is not None:
+        problems.add("--control goes with --run: a base alone has no control encoder")
+    problems.raise_if_any()
+    from_file = problems.attempt(lambda: read_prompts(options.prompts) if options.prompts else [])
+    prompts = list(dict.fromkeys([*options.prompt, *(from_file.value or [])]))
+    if from_file and not prompts:
+        problems.add("prompt: give --prompt TEXT or --prompts FILE")
+    problems.add(*filter(None, [device_problem(options.device)]))
+    if options.offload and not torch.cuda.is_available():
+        problems.add("offload: there is no GPU to offload from")
+    found = problems.attempt(_find_source, options)
+    files = problems.attempt(lambda: control_files(options.control) if options.control else [])
+    resolution, signal = options.resolution or 0, None
+    if source := found.value:
+        if options.run is not None and source.hint_encoder is not None:
+            run = Run.open(options.run)
+            signal = recorded_signal(run.provenance.control)
+            resolution = resolution or (isinstance(run.config, S2IConfig) and run.config.resolution) or 0
+            problems.add(*(f"{path}: {problem}" for path in files.value or [] for problem in signal.problems(path)))
+        resolution = resolution or source.base.resolution
+        problems.check(source.base.resolution_problems, resolution)
+    source, controls = problems.settle(found, files)
+    return Drawing(source, options, prompts, resolution, controls, signal)
+
+
+def _find_source(options: GenerateOptions) -> Source:
+    """The run's base and result, or the base and adapters that are named."""
+    if options.run is None:
+        base = find_base(str(options.base))
+        for adapter in options.adapter:
+            read_adapter(adapter)
+        return Source(base, list(options.adapter))
+    source = run_source(options.run)
+    if source.hint_encoder is not None and options.control is None:
+        raise UserError(
+            f"{options.run} is a controllable run: say with --control what is to be followed (a file, or a folder of them)"
+        )
+    if source.hint_encoder is None and options.control is not None:
+        raise UserError(f"{options.run} is not a run of train-s2i: it has no control")
+    return source
+
+
 def run_source(run: Path, parts: Parts = "weights") -> Source:
-    """The base and the result of a run folder; `parts` of the base are fetched, if it comes from the hub."""
+    """The base and the result of a run folder; `parts` of the base are fetched if it comes from the hub."""
     opened = Run.open(run)
     opened.check_results()
     base = find_base(opened.config.base, opened.config.prediction_type, parts)
     return Source(base, opened.adapters, opened.folder.control_encoder if opened.is_controlled else None)
 
 
-def generate(source: Source, options: GenerateOptions) -> Path:
-    """Draw every prompt at seeds seed, seed + 1, …; returns the contact sheet's path, beside the images' folders."""
-    resolution = options.resolution or source.base.resolution
-    problems = options.problems()
-    if resolution % source.base.resolution_step:
-        problems.append(f"resolution: must be a multiple of {source.base.resolution_step}, not {resolution}")
-    if problems:
-        raise UserError(problems)
-    pipeline = adapted_pipeline(source, options)
-    seeds = range(options.seed, options.seed + options.num)
-    wanted = [(prompt, part) for prompt in options.prompts for part in chunks(seeds, options.batch_size)]
-    pictures: dict[tuple[str, int], Image.Image] = {}
-    for prompt, part in track(wanted, "generating"):
-        images = sample(
-            pipeline,
-            prompt,
-            part,
-            resolution,
-            options.steps,
-            options.guidance_scale,
-            negative_prompt=options.negative_prompt,
-        )
-        pictures |= {(prompt, seed): image for seed, image in zip(part, images, strict=True)}
-    save_images(pictures, options.output, image_settings(source, options))
-    return save_sheet(pictures, options)
-
-
-def adapted_pipeline(source: Source, options: GenerateOptions) -> StableDiffusionPipeline:
+def load_pipeline(drawing: Drawing) -> Any:
     """The base's pipeline with the adapters in its UNet, where it will compute."""
+    source, options = drawing.source, drawing.options
     model = load_base(source.base)
     load_adapters(model.unet, [(folder, options.scale) for folder in source.adapters])
-    pipeline = make_pipeline(model)
+    pipeline: Any = make_pipeline(model)
+    if source.hint_encoder is not None:
+        pipeline = make_s2i_pipeline(model, load_hint_encoder(RunFolder(source.hint_encoder.parent)))
     if options.offload:
         pipeline.enable_model_cpu_offload()
         return pipeline
     return pipeline.to(resolve_device(options.device))
 
 
-def image_settings(source: Source, options: GenerateOptions) -> dict[str, object]:
-    """What each PNG says of how it was made, beside its prompt and seed."""
-    return {
-        "model": source.base.name,
-        "adapters": [str(folder) for folder in source.adapters],
-        "adapter_scale": options.scale,
-        "steps": options.steps,
-        "sampler": PAPER_SAMPLING["sampler"],
-        "guidance_scale": options.guidance_scale,
-        "negative_prompt": options.negative_prompt,
-    }
+def _draw(pipeline: Any, drawing: Drawing, prompt: str, control: Image.Image | None, seeds: range) -> list[Image.Image]:
+    options, sampling = drawing.options, drawing.sampling
+    more: dict[str, Any] = {"negative_prompt": options.negative_prompt}
+    if control is not None:
+        more |= {"control_image": control, "control_scale": options.control_scale, "guide_control": options.guide_control}
+    images: list[Image.Image] = []
+    for part in chunks(seeds, options.batch_size):
+        images += sample(pipeline, prompt, part, drawing.resolution, sampling["steps"], sampling["guidance_scale"], **more)
+    return images
 
 
-def save_sheet(pictures: dict[tuple[str, int], Image.Image], options: GenerateOptions) -> Path:
-    """A row per prompt (and, of many seeds, the first few)."""
-    shown = range(options.seed, options.seed + min(options.num, MAX_COLUMNS))
-    rows = [[pictures[prompt, seed] for seed in shown] for prompt in options.prompts]
-    path = options.output / "sheet.png"
-    sheet(rows, options.prompts, [f"seed {seed}" for seed in shown]).save(path)
-    say(f"{len(pictures)} images in {options.output}; all together: {path}")
-    return path
+def control_files(path: Path) -> list[Path]:
+    """The file, or all control files of the folder. UserError if there is none."""
+    if path.is_file():
+        return [path]
+    found = [file for file in sorted(path.glob("*")) if file.is_file() and file.suffix.lower() not in NOT_CONTROL]
+    if not found:
+        raise UserError(f"control: {path} is neither a control file nor a folder of them")
+    return found
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -38,8 +38,9 @@ from etherdiff.adapters.methods import (
     resolve_options,
     trainable_parameters,
 )
+from etherdiff.config import InspectOptions
 from etherdiff.families.bases import Base, find_base
-from etherdiff.system.errors import UserError
+from etherdiff.system.errors import Problems, UserError
 from etherdiff.system.terminal import warn
 
 TASK_TARGETS = {"dreambooth": "attention", "s2i": "attention+geglu"}
@@ -52,50 +53,39 @@ THROUGHPUT_SECONDS = 0.2
 # --- The two questions -----------------------------------------------------------------------------------------------
 
 
-def inspect_base(
-    base: str,
-    task: str = "dreambooth",
-    methods: list[str] | None = None,
-    targets: str | None = None,
-    *,
-    blocks: int | None = None,
-    rank: int | None = None,
-    resolution: int | None = None,
-    batch_size: int = 1,
-) -> dict[str, Any]:
+def inspect_base(options: InspectOptions) -> dict[str, Any]:
     """Compare methods on a base: the content of `etherdiff inspect --json`.
 
-    task: dreambooth or s2i, which decides the targets unless they are given (a key of TARGETS). methods: names, None
-    for all; `blocks` and `rank` then go to those that have them. resolution: pixels, None for the base's own.
+    The task decides the targets unless they are given. Where methods are named, blocks and rank go to those that have them.
 
     Per method: parameters, bytes of the adapter's file (float32), FLOPs of a step, and bytes that autograd saves in it
     (float32); the last two are None, with a "note", where they cannot be counted. "path" is where the base is (a folder
     or a .safetensors file) if it is local, else None. UserError with every mistake.
     """
-    names = [*METHODS, MAGNITUDE] if methods is None else methods
-    options = MethodOptions(blocks=blocks, rank=rank)
-    problems = _request_problems(task, targets, names, batch_size)
-    if methods is not None:
-        problems += _option_problems(names, options)
-    if problems:
-        raise UserError(problems)
-    found, local_path = _locate(base)
-    resolution = found.resolution if resolution is None else resolution
-    if resolution < 1 or resolution % found.resolution_step:
-        raise UserError(f"resolution: must be a multiple of {found.resolution_step} for {base}, not {resolution}.")
-    targets = targets or TASK_TARGETS[task]
-    options = replace(options, targets=TARGETS[targets])
-    plain = _meta_unet(found)
+    names: Sequence[str] = options.method if options.method is not None else [*METHODS, MAGNITUDE]
+    targets, problems = options.targets or TASK_TARGETS[options.task], Problems()
+    wanted = MethodOptions(TARGETS[targets], options.blocks, options.rank)
+    for name in options.method or ():
+        problems.attempt(_check_method, name, wanted)
+    found = problems.attempt(find_base, options.base, parts="configs")
+    resolution = options.resolution or (found.value.resolution if found.value else 0)
+    if found.value:
+        problems.check(found.value.resolution_problems, resolution)
+    (base,) = problems.settle(found)
+    is_local = options.base == "tiny" or Path(options.base).expanduser().exists()
+    plain = _meta_unet(base)
     return {
-        "base": base,
-        "task": task,
+        "base": options.base,
+        "task": options.task,
         "targets": targets,
-        "layers": count_layers(plain, options.targets),
+        "layers": count_layers(plain, wanted.targets),
         "unet_parameters": _numel(plain.parameters()),
-        "path": local_path and str(local_path),
+        "path": str(base.local_path) if is_local else None,
         "resolution": resolution,
-        "batch_size": batch_size,
-        "methods": {name: _inspect_method(found, name, _readable(name, options), resolution, batch_size) for name in names},
+        "batch_size": options.batch_size,
+        "methods": {
+            name: _inspect_method(base, name, _readable(name, wanted), resolution, options.batch_size) for name in names
+        },
     }
 
 
@@ -190,44 +180,18 @@ def _scaled(value: int | None, unit: float, form: str) -> str:
 # --- What was asked for ----------------------------------------------------------------------------------------------
 
 
-def _request_problems(task: str, targets: str | None, names: list[str], batch_size: int) -> list[str]:
-    known_names = (*METHODS, MAGNITUDE)
-    problems = [
-        f"method: {name!r} is unknown; choose from {', '.join(known_names)}." for name in names if name not in known_names
-    ]
-    if task not in TASK_TARGETS:
-        problems.append(f"task: {task!r} is unknown; choose from {', '.join(TASK_TARGETS)}.")
-    if targets is not None and targets not in TARGETS:
-        problems.append(f"targets: {targets!r} is unknown; choose from {', '.join(TARGETS)}.")
-    if batch_size < 1:
-        problems.append(f"batch_size: must be at least 1, not {batch_size}.")
-    return problems
-
-
-def _option_problems(names: list[str], options: MethodOptions) -> list[str]:
-    problems = []
-    for name in names:
-        if name == MAGNITUDE and (options.blocks is not None or options.rank is not None):
-            problems.append("magnitude re-fitting has neither blocks nor rank.")
-        elif name in METHODS:
-            try:
-                resolve_options(name, options)
-            except ValueError as error:
-                problems.append(f"{error}.")
-    return problems
+def _check_method(name: str, options: MethodOptions) -> None:
+    """UserError or ValueError if the method does not have an option."""
+    if name != MAGNITUDE:
+        resolve_options(name, options)
+    elif options.blocks is not None or options.rank is not None:
+        raise UserError("magnitude re-fitting has neither blocks nor rank")
 
 
 def _readable(name: str, options: MethodOptions) -> MethodOptions:
     """The options without those that the method does not have."""
     has = METHODS[name].options if name in METHODS else frozenset()
     return replace(options, blocks=options.blocks if "blocks" in has else None, rank=options.rank if "rank" in has else None)
-
-
-def _locate(name: str) -> tuple[Base, Path | None]:
-    """The base's configuration; and where the base itself is, if the user has it in a place of their own."""
-    base = find_base(name, parts="configs")
-    is_local = name == "tiny" or Path(name).expanduser().exists()
-    return base, base.local_path if is_local else None
 
 
 # --- The model without storage ---------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from synthetic_runs import write_curve, write_run
 
 from etherdiff.adapters.io import load_adapter, merge_adapter, save_adapter
 from etherdiff.adapters.methods import ATTENTION, MethodOptions, add_adapter, magnitude_config, trainable_parameters
-from etherdiff.config import DreamBoothConfig
+from etherdiff.config import DreamBoothConfig, InspectOptions
 from etherdiff.families.bases import find_base, load_base
 from etherdiff.results import facts
 from etherdiff.results.facts import FACTS, fact
@@ -86,8 +86,8 @@ def test_turning_all_neurons_alike_keeps_their_energy(runs):
 
 def test_flops_are_those_of_a_step_with_its_class_images(runs):
     config = runs["lora"].config.model_copy(update={"gradient_accumulation": 3, "resolution": 64})
-    counted = inspect_base("tiny", methods=["lora"], resolution=64, batch_size=2)["methods"]["lora"]["step_flops"]
-    assert FACTS["step_flops"].of(replace(runs["lora"], config=config)) == 3 * counted
+    counted = inspect_base(InspectOptions(base="tiny", method=["lora"], resolution=64, batch_size=2))["methods"]["lora"]
+    assert FACTS["step_flops"].of(replace(runs["lora"], config=config)) == 3 * counted["step_flops"]
 
 
 def test_the_validation_loss_is_the_last_that_was_logged(tmp_path):

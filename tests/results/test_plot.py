@@ -9,7 +9,8 @@ from synthetic_runs import change_result, write_curve, write_run, write_state
 
 from etherdiff import cli
 from etherdiff.adapters.methods import METHODS, label_styles
-from etherdiff.results.curves import CurveOptions, make_figure
+from etherdiff.config import PlotOptions
+from etherdiff.results.curves import make_figure
 from etherdiff.results.drawing import COLOURS, DASHES, draw_figure
 from etherdiff.results.pooling import t_interval
 from etherdiff.system.errors import UserError
@@ -38,7 +39,7 @@ def sweep(tmp_path):
 
 
 def figure(path, **options):
-    return make_figure([path], CurveOptions(**({"x": "learning_rate", "y": ("dino",)} | options)))
+    return make_figure([path], PlotOptions(**({"x": "learning_rate", "y": ("dino",)} | options)))
 
 
 def test_a_point_is_a_row_of_the_table(sweep):

@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 from s2i_runs import scenes_folder
 
-from etherdiff.sweeps.sweep import SweepOptions
+from etherdiff.config import SweepOptions
+from etherdiff.sweeps import sweep
 
 PROGRAM = (sys.executable, str(Path(__file__).with_name("program.py")))
 TINY = {"base": "tiny", "subject": "candy_ball", "steps": 3, "tracker": "none", "eval_scores": "off"}
@@ -38,7 +39,12 @@ def scenes(folder: Path) -> Path:
 
 def options(output: Path, **more) -> SweepOptions:
     """One run after another, unless told otherwise."""
-    return SweepOptions(**({"output": output, "jobs": 1, "program": PROGRAM} | more))
+    return SweepOptions(**({"output": output, "jobs": 1} | more))
+
+
+def run_sweep(file: Path, options: SweepOptions, program: tuple[str, ...] = PROGRAM) -> Path:
+    """The sweep, with what stands in for etherdiff."""
+    return sweep.run_sweep(file, options, program)
 
 
 def events(cache: Path) -> list[str]:
@@ -50,9 +56,7 @@ def events(cache: Path) -> list[str]:
 START = (
     "import sys\nfrom pathlib import Path\nfrom etherdiff import cli\nfrom etherdiff.sweeps import sweep\n"
     "run, program = sweep.run_sweep, tuple(sys.argv.pop(1).split('|'))\n"
-    "def with_program(file, options):\n"
-    "    return run(file, sweep.SweepOptions(options.output, options.address, options.jobs, options.retries, program))\n"
-    "sweep.run_sweep = with_program\ncli.main()\n"
+    "sweep.run_sweep = lambda file, options: run(file, options, program)\ncli.main()\n"
 )
 
 

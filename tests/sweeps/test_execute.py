@@ -12,12 +12,13 @@ import time
 import pytest
 from sweeps.sweep_files import PROGRAM, events, write_file
 
+from etherdiff.config import SweepOptions
 from etherdiff.runs.folder import RunFolder
 from etherdiff.sweeps import execute
 from etherdiff.sweeps.execute import Interrupted, Orders, do_unit
 from etherdiff.sweeps.finished import Stage, stage_of
 from etherdiff.sweeps.states import expect_scores, read_state
-from etherdiff.sweeps.sweep import SweepOptions, plan_sweep, write_files
+from etherdiff.sweeps.sweep import plan_sweep, write_files
 from etherdiff.system.locks import run_lock
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -29,7 +30,7 @@ def unit_of(tmp_path, cache):
     """The only unit of a sweep file with this content, its recipes written."""
 
     def make(**content):
-        planned = plan_sweep(write_file(tmp_path / "mine.yaml", **content), SweepOptions(tmp_path / "out"))
+        planned = plan_sweep(write_file(tmp_path / "mine.yaml", **content), SweepOptions(output=tmp_path / "out"))
         (tmp_path / "out").mkdir(exist_ok=True)
         write_files(planned)
         (unit,) = planned.units

@@ -5,10 +5,10 @@ import threading
 from collections import Counter
 
 import pytest
-from sweeps.sweep_files import events, options, start, wait_until, write_file
+from sweeps.sweep_files import events, options, run_sweep, start, wait_until, write_file
 
 from etherdiff.sweeps.states import read_state
-from etherdiff.sweeps.sweep import plan_sweep, run_sweep
+from etherdiff.sweeps.sweep import plan_sweep
 from etherdiff.system.errors import UserError
 
 ray = pytest.importorskip("ray")

@@ -6,17 +6,18 @@ import pytest
 from rich.console import Console
 from sweeps.sweep_files import write_file
 
+from etherdiff.config import SweepOptions
 from etherdiff.sweeps.execute import Outcome
 from etherdiff.sweeps.progress import Progress, last_row
 from etherdiff.sweeps.states import write_state
-from etherdiff.sweeps.sweep import SweepOptions, plan_sweep
+from etherdiff.sweeps.sweep import plan_sweep
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
 def runs(tmp_path, cache):
-    planned = plan_sweep(write_file(tmp_path / "mine.yaml", grid={"seed": [0, 1, 2, 3]}), SweepOptions(tmp_path / "out"))
+    planned = plan_sweep(write_file(tmp_path / "mine.yaml", grid={"seed": [0, 1, 2, 3]}), SweepOptions(output=tmp_path / "out"))
     return [run for unit in planned.units for run in unit.runs]
 
 

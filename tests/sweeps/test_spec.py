@@ -3,8 +3,9 @@
 import pytest
 import yaml
 
-from etherdiff.sweeps.scoring import ControlScoring, SubjectScoring
-from etherdiff.sweeps.spec import Resources, read_sweep
+from etherdiff.config import ControlEvalOptions, Resources, SubjectEvalOptions
+from etherdiff.sweeps.spec import read_sweep
+from etherdiff.sweeps.units import Run
 from etherdiff.system.errors import UserError
 
 
@@ -84,9 +85,9 @@ def test_labels_are_file_names(read, varied, label):
     assert run.label == label
 
 
-def test_scoring_is_what_eval_is_told(read):
+def test_scoring_is_what_eval_is_told(read, tmp_path):
     told = {
-        "num": 4,
+        "num": 3,
         "steps": 20,
         "metrics": ["dino", "clip_t"],
         "base": False,
@@ -94,16 +95,26 @@ def test_scoring_is_what_eval_is_told(read):
         "backbone": ["clip=a", "dino=b"],
     }
     scoring = read({"task": "dreambooth", "settings": {"subject": "dog"}, "eval": told}).scoring
-    assert isinstance(scoring, SubjectScoring)
-    flags = "--steps 20 --metrics dino,clip_t --backbone clip=a --backbone dino=b --num 4 --plain-clip-t --no-base"
-    assert " ".join(scoring.arguments()) == flags
-    assert scoring.record() == {**told, "metrics": "dino,clip_t"}
+    assert isinstance(scoring, SubjectEvalOptions)
+    run = Run("dog", tmp_path, "dreambooth", {}, scoring)
+    flags = "--metrics dino,clip_t --backbone clip=a --backbone dino=b --steps 20 --num 3 --plain-clip-t --no-base"
+    assert run.score_command() == ["eval", str(run.folder), *flags.split(), "--overwrite"]
+    assert run.scoring_record() == {**told, "metrics": "dino,clip_t"}
+
+
+def test_a_state_knows_options_however_they_were_written(tmp_path):
+    run = Run("dog", tmp_path, "dreambooth", {}, SubjectEvalOptions(metrics="dino, clip_t", num=4))
+    for record in (run.scoring_record(), {"metrics": "dino,clip_t", "num": 4}, {"metrics": ["dino", "clip_t"], "base": True}):
+        assert run.is_scored_with(record)
+    for record in ({}, None, {"metrics": "dino,clip_t", "num": 3}, {"metrics": "clip_t,dino"}, {"unknown": 1}):
+        assert not run.is_scored_with(record)
+    assert not Run("dog", tmp_path, "dreambooth", {}, None).is_scored_with({})
 
 
 def test_scoring_by_default_and_not_at_all(read):
     of_maps = {"task": "s2i", "settings": {"dataset": "tiny"}}
-    assert read(of_maps).scoring == ControlScoring()
-    assert read(of_maps | {"eval": True}).scoring == ControlScoring()
+    assert read(of_maps).scoring == ControlEvalOptions()
+    assert read(of_maps | {"eval": True}).scoring == ControlEvalOptions()
     assert read(of_maps | {"eval": False}).scoring is None
 
 
@@ -134,7 +145,7 @@ GOOD = {"task": "dreambooth", "settings": {"subject": "dog"}}
             "10,100 runs are asked for; a sweep has at most 10,000",
         ),
         ({"recipe": "{method}.yaml"}, "recipe: {method}.yaml needs method, which the run does not say"),
-        ({"resources": {"cpus": 0}}, "resources: cpus: must be greater than or equal to 1, not 0"),
+        ({"resources": {"cpus": 0}}, "resources: cpus: must be at least 1, not 0"),
         ({"resources": {"gpu": 1}}, "resources: gpu: there is no such option; did you mean gpus?"),
         ({"resources": {"gpus": 1.5}}, "resources: gpus: must be a fraction of one, or a whole number, not 1.5"),
         ({"eval": {"metric": "dino"}}, "eval: metric: there is no such option; did you mean metrics?"),
@@ -154,9 +165,9 @@ def test_all_mistakes_in_one_message(read):
     assert [line.split(":")[0] for line in found] == ["task", "grid", "resources"]
     found = mistakes(read, GOOD | {"grid": {"seed": [0, -1], "steps": [0, 5]}, "runs": [{"flipp": True}]})
     assert found == [
-        "steps: must be greater than or equal to 1, not 0 (run 0-0-with-flipp, and 1 more)",
+        "steps: must be at least 1, not 0 (run 0-0-with-flipp, and 1 more)",
         "flipp: there is no such option; did you mean flip?",
-        "seed: must be greater than or equal to 0, not -1 (run 1-0-with-flipp, and 1 more)",
+        "seed: must be at least 0, not -1 (run 1-0-with-flipp, and 1 more)",
     ]
 
 

@@ -12,11 +12,12 @@ from collections import Counter
 
 import pytest
 import yaml
-from sweeps.sweep_files import PROGRAM, events, options, start, wait_until, write_file
+from sweeps.sweep_files import PROGRAM, events, options, run_sweep, start, wait_until, write_file
 
 from etherdiff import cli
+from etherdiff.config import SweepOptions, read_config
 from etherdiff.sweeps import sweep as sweep_module
-from etherdiff.sweeps.sweep import dry_run, print_commands, run_sweep
+from etherdiff.sweeps.sweep import dry_run, print_commands
 from etherdiff.system.errors import RunError, UserError
 from etherdiff.system.locks import run_lock
 
@@ -104,8 +105,8 @@ def test_mistakes_come_before_anything_is_written(tmp_path, cache):
         run_sweep(file, options(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError) as error:
-        run_sweep(tmp_path / "none.yaml", options(tmp_path / "out", jobs=0, retries=-1))
-    assert [problem.split(":")[0] for problem in error.value.problems] == ["jobs", "retries", str(tmp_path / "none.yaml")]
+        read_config(SweepOptions, None, [], {"jobs": 0, "retries": -1, "print_commands": True, "dry_run": True})
+    assert [problem.split(":")[0] for problem in error.value.problems] == ["jobs", "retries", "dry_run"]
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path, cache):
@@ -168,12 +169,12 @@ REAL = {
 @pytest.mark.parametrize("task", REAL)
 def test_what_etherdiff_makes_is_recognised_as_what_was_planned(tmp_path, cache, task):
     file = write_file(tmp_path / "mine.yaml", task=task, **REAL[task])
-    output = run_sweep(file, options(tmp_path / "out", program=()))
+    output = run_sweep(file, options(tmp_path / "out"), program=())
     logs = {path: path.read_bytes() for path in (output / "logs").iterdir()}
     assert len(logs) == (3 if task == "s2i" else 1)
     assert all((output / "runs" / path.stem / "eval/metrics.json").is_file() for path in logs)
     assert {line.split(": ")[1] for line in dry_run(file, options(output))} == {"finished"}
-    run_sweep(file, options(output, program=()))
+    run_sweep(file, options(output), program=())
     assert {path: path.read_bytes() for path in logs} == logs
 
 

@@ -24,9 +24,10 @@ from etherdiff.adapters.io import load_adapter, read_adapter, save_adapter
 from etherdiff.adapters.methods import METHODS, MethodOptions, add_adapter, trainable_parameters
 from etherdiff.families import bases as models
 from etherdiff.families.shipped import shipped_config
-from etherdiff.system.errors import UserError
-from etherdiff.use import export
-from etherdiff.use.export import ProofError, export_adapter, merge_to_folder
+from etherdiff.system.errors import ProofError, UserError
+from etherdiff.use import export, merge
+from etherdiff.use.export import export_adapter
+from etherdiff.use.merge import merge_to_folder
 
 EXACT = [name for name, method in METHODS.items() if method.lora_exact]
 MIXED_RANKS = "ether+ of 32 blocks"  # 4 n = 128 exceeds the smaller layers' features
@@ -214,16 +215,16 @@ def files(folder):
 def test_untouched_components_are_byte_identical(method, base, outputs):
     original, merged = files(base.folder), files(outputs[method, "merged"][0])
     assert original.keys() == merged.keys()
-    assert [name for name in original if original[name] != merged[name]] == [f"unet/{export.UNET_WEIGHTS}"]
-    before, after = (load_file(folder / "unet" / export.UNET_WEIGHTS) for folder in (base.folder, outputs[method, "merged"][0]))
+    assert [name for name in original if original[name] != merged[name]] == [f"unet/{merge.UNET_WEIGHTS}"]
+    before, after = (load_file(folder / "unet" / merge.UNET_WEIGHTS) for folder in (base.folder, outputs[method, "merged"][0]))
     assert {key: value.shape for key, value in before.items()} == {key: value.shape for key, value in after.items()}
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 def test_half_precision(dtype, bound, base, adapters, tmp_path):
     report = merge_to_folder(base, [(adapters["ether+"], 1.0)], tmp_path / "merged", dtype, tmp_path / "m.safetensors")
-    assert 0 < report["relative_difference"] < bound < export.TOLERANCE[dtype]
-    unet = load_file(tmp_path / "merged/unet" / export.UNET_WEIGHTS)
+    assert 0 < report["relative_difference"] < bound < merge.TOLERANCE[dtype]
+    unet = load_file(tmp_path / "merged/unet" / merge.UNET_WEIGHTS)
     assert {value.dtype for value in unet.values()} == {dtype}
     assert {value.dtype for value in load_file(tmp_path / "m.safetensors").values()} == {dtype, torch.int64}
     assert files(tmp_path / "merged/vae") == files(base.folder / "vae")
@@ -241,7 +242,7 @@ def test_a_single_file_base_becomes_a_folder(base, adapters, adapted_images, tmp
     config = tmp_path / "config"
     shutil.copytree(base.folder, config, ignore=shutil.ignore_patterns("*.safetensors"))
     models_ = models.load_base(base)
-    export.write_single_file(models_.unet, models_.vae, models_.text_encoder, tmp_path / "base.safetensors")
+    merge.write_single_file(models_.unet, models_.vae, models_.text_encoder, tmp_path / "base.safetensors")
     single = models.Base("base.safetensors", config, tmp_path / "base.safetensors")
 
     report = merge_to_folder(single, [(adapters["ether+"], 1.0)], tmp_path / "merged")
@@ -299,7 +300,7 @@ def test_a_hub_folder_is_copied_without_its_clutter(cluttered, base, adapters, t
     report = merge_to_folder(cluttered, [(adapters["ether+"], 1.0)], tmp_path / "merged")
     written, original = files(tmp_path / "merged"), files(tmp_path / "blobs")
     assert written.keys() == original.keys()
-    assert [name for name in written if written[name] != original[name]] == [f"unet/{export.UNET_WEIGHTS}"]
+    assert [name for name in written if written[name] != original[name]] == [f"unet/{merge.UNET_WEIGHTS}"]
     assert not any(path.is_symlink() for path in (tmp_path / "merged").rglob("*"))
     assert report["left_out"] == []
     assert StableDiffusionPipeline.from_pretrained(tmp_path / "merged").safety_checker is not None
@@ -323,12 +324,12 @@ def test_weights_that_exist_only_as_a_variant_get_the_plain_name(base, adapters,
     folder = tmp_path / "half"
     shutil.copytree(base.folder, folder)
     StableDiffusionPipeline.from_pretrained(base.folder).to(torch.float16).vae.save_pretrained(folder / "vae", variant="fp16")
-    (folder / "vae" / export.VAE_WEIGHTS).unlink()
+    (folder / "vae" / merge.VAE_WEIGHTS).unlink()
     text_weights = folder / "text_encoder/model.safetensors"
     text_weights.rename(text_weights.with_name("model.fp16.safetensors"))
     merge_to_folder(models.find_base(str(folder)), [(adapters["lora"], 1.0)], tmp_path / "merged")
     variant = (folder / "vae/diffusion_pytorch_model.fp16.safetensors").read_bytes()
-    assert (tmp_path / "merged/vae" / export.VAE_WEIGHTS).read_bytes() == variant
+    assert (tmp_path / "merged/vae" / merge.VAE_WEIGHTS).read_bytes() == variant
     assert files(tmp_path / "merged/text_encoder") == files(base.folder / "text_encoder")
 
 
@@ -423,7 +424,6 @@ def test_outputs_that_exist_are_refused(base, adapters, tmp_path):
         (lambda: export_adapter(base, adapter, folder, "peft"), "is not empty"),
         (lambda: export_adapter(base, adapter, tmp_path / "a.safetensors", "peft"), "is a folder, not a file"),
         (lambda: export_adapter(base, adapter, tmp_path / "a", "peft", scale=2.0), "does not hold a scale"),
-        (lambda: export_adapter(base, adapter, tmp_path / "a", "onnx"), "choose lora, kohya or peft"),
         (lambda: merge_to_folder(base, [], tmp_path / "m"), "at least one adapter"),
         (
             lambda: merge_to_folder(base, [(adapter, 1.0), (adapters["ether"], 1.0)], tmp_path / "m"),
@@ -467,7 +467,7 @@ def test_an_adapter_without_a_recorded_base_is_exported(base, adapters, tmp_path
 
 
 def test_a_result_that_is_not_proved_is_removed(base, adapters, tmp_path, monkeypatch):
-    read = export._read_plainly
+    read = merge._read_plainly
 
     def forgetful(folder):
         pipeline = read(folder)
@@ -475,14 +475,14 @@ def test_a_result_that_is_not_proved_is_removed(base, adapters, tmp_path, monkey
         pipeline.unet.conv_in.weight.data *= 1.01
         return pipeline
 
-    monkeypatch.setattr(export, "_read_plainly", forgetful)
+    monkeypatch.setattr(merge, "_read_plainly", forgetful)
     with pytest.raises(ProofError, match="differs from the adapted model"):
         merge_to_folder(base, [(adapters["ether+"], 1.0)], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_single_file_that_is_not_proved_is_removed_with_its_folder(base, adapters, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "_read_single_file", lambda *_: StableDiffusionPipeline.from_pretrained(base.folder))
+    monkeypatch.setattr(merge, "_read_single_file", lambda *_: StableDiffusionPipeline.from_pretrained(base.folder))
     with pytest.raises(ProofError, match="the single file"):
         merge_to_folder(base, [(adapters["ether+"], 1.0)], tmp_path / "out", single_file=tmp_path / "out.safetensors")
     assert list(tmp_path.iterdir()) == []
@@ -498,7 +498,7 @@ def test_a_lora_that_is_not_proved_is_removed(kind, base, adapters, tmp_path, mo
 
 
 def test_nan_is_never_a_proof(base, adapters, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "_predict", lambda *_: torch.full((1,), torch.nan))
+    monkeypatch.setattr("etherdiff.use.proof.predict", lambda *_: torch.full((1,), torch.nan))
     with pytest.raises(ProofError, match="nan"):
         merge_to_folder(base, [(adapters["ether+"], 1.0)], tmp_path / "out")
 

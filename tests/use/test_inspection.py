@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from etherdiff.adapters.io import save_adapter
 from etherdiff.adapters.methods import METHODS, TARGETS, MethodOptions, add_adapter, magnitude_config
+from etherdiff.config import InspectOptions, read_config
 from etherdiff.families.bases import find_base
 from etherdiff.system.errors import UserError
 from etherdiff.use import inspection
@@ -25,12 +26,16 @@ NAMES = [*METHODS, "magnitude"]
 BOFT_WARNING = "ignore:(Failed to load the CUDA|Setting boft_n):UserWarning"
 
 
+def count(base: str = "tiny", **options):
+    return inspect_base(InspectOptions(base=base, **options))
+
+
 @pytest.fixture(scope="module")
 def tiny():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing noisy reaches the user
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        return inspect_base("tiny")
+        return count("tiny")
 
 
 @pytest.fixture
@@ -80,7 +85,7 @@ PAPER = {
 
 @pytest.mark.parametrize("targets", PAPER)
 def test_parameters_on_stable_diffusion_15(targets, without_steps):
-    result = inspect_base("sd15", targets=targets, methods=list(COLUMNS))
+    result = count("sd15", targets=targets, method=list(COLUMNS))
     layers, counts = PAPER[targets]
     assert (result["targets"], result["layers"], result["unet_parameters"]) == (targets, layers, 859_520_964)
     assert {name: row["trainable_parameters"] for name, row in result["methods"].items()} == dict(
@@ -90,12 +95,12 @@ def test_parameters_on_stable_diffusion_15(targets, without_steps):
 
 @pytest.mark.parametrize(("task", "targets"), [("dreambooth", "attention"), ("s2i", "attention+geglu")])
 def test_task_chooses_targets_and_base_the_resolution(task, targets, without_steps):
-    result = inspect_base("sd21", task, ["ether"])
+    result = count("sd21", task=task, method=["ether"])
     assert (result["targets"], result["resolution"], result["unet_parameters"]) == (targets, 768, 865_910_724)
 
 
 def test_options_go_to_the_methods_that_have_them(without_steps):
-    plain, changed = (inspect_base("tiny", **options)["methods"] for options in ({}, {"rank": 2, "blocks": 2}))
+    plain, changed = (count("tiny", **options)["methods"] for options in ({}, {"rank": 2, "blocks": 2}))
     assert 2 * changed["lora"]["trainable_parameters"] == plain["lora"]["trainable_parameters"]
     assert changed["naive"]["trainable_parameters"] == 2 * plain["naive"]["trainable_parameters"]
     assert changed["ether"]["trainable_parameters"] == plain["ether"]["trainable_parameters"]
@@ -187,12 +192,12 @@ def test_all_of_torchs_own_formulas_are_used():
 def test_matrix_work_without_a_formula_is_named(monkeypatch, capsys):
     inspection._warn_of_uncounted.cache_clear()
     monkeypatch.delitem(inspection.FLOP_FORMULAS, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
-    whole = inspect_base("tiny", methods=["lora", "ether"])["methods"]["lora"]["step_flops"]
+    whole = count("tiny", method=["lora", "ether"])["methods"]["lora"]["step_flops"]
     said = capsys.readouterr().err
     assert said.count("step_flops leaves aten._scaled_dot_product_flash_attention_for_cpu out") == 1  # not once per method
     assert "attention_for_cpu_backward" not in said
     monkeypatch.undo()
-    assert inspect_base("tiny", methods=["lora"])["methods"]["lora"]["step_flops"] > whole
+    assert count("tiny", method=["lora"])["methods"]["lora"]["step_flops"] > whole
     assert capsys.readouterr().err == ""
 
 
@@ -224,15 +229,15 @@ def test_frozen_weights_cost_no_gradient_and_ether_saves_least(tiny):
 
 def test_step_grows_with_batch_and_resolution(tiny):
     once = tiny["methods"]["full"]["step_flops"]
-    larger = inspect_base("tiny", methods=["full"], batch_size=2)["methods"]["full"]["step_flops"]
-    wider = inspect_base("tiny", methods=["full"], resolution=128)["methods"]["full"]["step_flops"]
+    larger = count("tiny", method=["full"], batch_size=2)["methods"]["full"]["step_flops"]
+    wider = count("tiny", method=["full"], resolution=128)["methods"]["full"]["step_flops"]
     assert larger == 2 * once
     assert wider > 4 * once  # attention grows with the fourth power
 
 
 def test_boft_with_a_compiled_extension_is_not_counted(monkeypatch):
     monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", object)
-    row = inspect_base("tiny", methods=["boft"])["methods"]["boft"]
+    row = count("tiny", method=["boft"])["methods"]["boft"]
     assert (row["step_flops"], row["saved_bytes"]) == (None, None)
     assert "cannot be counted" in row["note"]
     estimate = training_estimate(find_base("tiny"), "boft", MethodOptions(), resolution=64, batch_size=1)
@@ -307,8 +312,8 @@ def test_result_is_json_with_every_method(tiny):
 def test_path_is_where_the_base_is_if_it_is_local(tiny, tmp_path, without_steps):
     folder = find_base("tiny").folder
     assert tiny["path"] == str(folder)
-    assert inspect_base(str(folder), methods=["ether"])["path"] == str(folder)
-    assert inspect_base("sd15", methods=["ether"])["path"] is None
+    assert count(str(folder), method=["ether"])["path"] == str(folder)
+    assert count("sd15", method=["ether"])["path"] is None
     file = tmp_path / "model.safetensors"
     keys = {
         "model.diffusion_model.input_blocks.0.0.weight": (1, 4),
@@ -316,7 +321,7 @@ def test_path_is_where_the_base_is_if_it_is_local(tiny, tmp_path, without_steps)
         "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight": (1,),
     }
     save_file({key: torch.zeros(shape) for key, shape in keys.items()}, file)
-    result = inspect_base(str(file), methods=["ether"])
+    result = count(str(file), method=["ether"])
     assert (result["path"], result["layers"]) == (str(file), 128)
 
 
@@ -330,9 +335,14 @@ def test_table(tiny):
 
 
 def test_every_mistake_is_said_at_once():
+    wrong = {"base": "tiny", "task": "paint", "method": ["ether", "dorra"], "targets": "everything", "batch_size": 0}
     with pytest.raises(UserError) as caught:
-        inspect_base("tiny", "paint", ["ether", "dora"], "everything", batch_size=0)
-    assert [problem.split(":")[0] for problem in caught.value.problems] == ["method", "task", "targets", "batch_size"]
+        read_config(InspectOptions, None, [], wrong)
+    named = [problem.split(":")[0].split(".")[0] for problem in caught.value.problems]
+    assert list(dict.fromkeys(named)) == ["task", "method", "targets", "batch_size"]
+    with pytest.raises(UserError) as caught:
+        inspect_base(InspectOptions(base="tiny", method=["ether", "lora"], blocks=2, rank=4, resolution=65))
+    assert len(caught.value.problems) == 3
 
 
 @pytest.mark.parametrize(
@@ -340,11 +350,11 @@ def test_every_mistake_is_said_at_once():
     [
         ({"base": str(Path("no") / "such" / "base!")}, "neither a folder"),
         ({"resolution": 65}, "multiple of 16"),
-        ({"methods": ["ether"], "rank": 4}, "does not have rank"),
-        ({"methods": ["magnitude"], "blocks": 4}, "neither blocks nor rank"),
-        ({"methods": ["ether+"], "blocks": 5}, "do not divide into 5 blocks"),
+        ({"method": ["ether"], "rank": 4}, "does not have rank"),
+        ({"method": ["magnitude"], "blocks": 4}, "neither blocks nor rank"),
+        ({"method": ["ether+"], "blocks": 5}, "do not divide into 5 blocks"),
     ],
 )
 def test_mistakes(arguments, message):
     with pytest.raises(UserError, match=message):
-        inspect_base(**{"base": "tiny", **arguments})
+        count(**arguments)

@@ -1,0 +1,185 @@
+"""`etherdiff merge`: a run as a plain diffusers pipeline, and as a single-file checkpoint, each proved.
+
+What is written is read back with plain diffusers, and one denoising pass is compared with the adapted model's, before it
+takes its final name.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from torch import Tensor
+
+from etherdiff.adapters.io import load_adapters, merge_adapter, read_adapter
+from etherdiff.config import MergeOptions
+from etherdiff.control.pipeline import HintEncoder, add_code
+from etherdiff.families.bases import COMPONENTS, Base, encode_prompts, load_base, weight_files
+from etherdiff.families.single_file import write_single_file
+from etherdiff.families.text_encoder import save_text_encoder
+from etherdiff.system.errors import UserError
+from etherdiff.system.files import save_tensors, staged_file, staged_folder
+from etherdiff.use.generate import run_source
+from etherdiff.use.proof import PROOF_PROMPT, TOLERANCE, predict, prove, refuse_existing, refuse_unfit_file, trained_on
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CONFIG_SUFFIXES = {".json", ".txt", ".model"}
+PICKLE_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth"}
+UNET_WEIGHTS = VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def merge_run(run: Path, options: MergeOptions) -> dict[str, Any]:
+    """Write a run's pipeline: see `merge_to_folder`. The report also has holds_code: whether the run is controllable."""
+    source = run_source(run, "everything")
+    adapters, precision = [(path, options.scale) for path in source.adapters], PRECISIONS[options.dtype]
+    report = merge_to_folder(source.base, adapters, options.output, precision, options.single_file, source.hint_encoder)
+    return report | {"holds_code": source.hint_encoder is not None}
+
+
+def merge_to_folder(
+    base: Base,
+    adapters: list[tuple[Path, float]],
+    output: Path,
+    dtype: torch.dtype = torch.float32,
+    single_file: Path | None = None,
+    hint_encoder: Path | None = None,
+) -> dict[str, Any]:
+    """Write a plain diffusers pipeline whose UNet has the adapters, each at its scale, folded in; prove it; report.
+
+    Everything but the UNet is the base's own, byte for byte; a single-file base, which has no folder, gives its weights
+    in `dtype`. single_file: also one WebUI/ComfyUI checkpoint there. The work is done in float32; `dtype`, that or
+    float16 or bfloat16, is what is written. hint_encoder: the folder of a controllable run's; the pipeline then is a
+    StableDiffusionS2IPipeline that holds its own code, and opens with DiffusionPipeline and trust_remote_code=True.
+
+    Returns max_abs_difference and relative_difference of one denoising pass (of the worse, if there are two outputs),
+    files, the number of files written, left_out, optional components that the base names but does not have, and
+    same_base, whether every adapter was trained on this base (None: not recorded).
+    Raises UserError where the input or the output is wrong, ProofError where the result does not do what the adapted
+    model does; both leave nothing behind.
+    """
+    output = Path(output).expanduser().resolve()
+    refuse_existing(output)
+    if single_file is not None:
+        single_file = Path(single_file).expanduser().resolve()
+        refuse_unfit_file(single_file)
+    if not adapters and hint_encoder is None:
+        raise UserError("nothing to merge: give at least one adapter.")
+    if single_file is not None and hint_encoder is not None:
+        raise UserError("--single-file: no such file holds a control encoder; the folder of --output does")
+    saved = [read_adapter(folder) for folder, _ in adapters]
+    with staged_folder(output) as staged:
+        reference, left_out = _write_merged(base, adapters, staged, dtype, hint_encoder)
+        pipeline = _read_plainly(staged) if hint_encoder is None else _read_with_its_code(staged)
+        differences = [prove(pipeline, reference, TOLERANCE[dtype], "the merged pipeline")]
+        files = sum(path.is_file() for path in staged.rglob("*"))
+        if single_file is not None:
+            with staged_file(single_file, own_name=True) as file:
+                write_single_file(pipeline.unet, pipeline.vae, pipeline.text_encoder, file, dtype)
+                pipeline = _read_single_file(file, staged)
+                differences.append(prove(pipeline, reference, TOLERANCE[dtype], "the single file"))
+            files += 1
+    worst = max(differences, key=lambda difference: difference.relative)
+    same = [trained_on(adapter, base) for adapter in saved]
+    return worst.as_dict() | {
+        "files": files,
+        "left_out": left_out,
+        "same_base": False if False in same else None if None in same else True,
+    }
+
+
+def _write_merged(
+    base: Base, adapters: list[tuple[Path, float]], folder: Path, dtype: torch.dtype, hint_encoder: Path | None
+) -> tuple[Tensor, list[str]]:
+    """Fill `folder`; returns the adapted model's prediction from before the merge, and what was left out."""
+    model = load_base(base)
+    adapted = load_adapters(model.unet, list(adapters))
+    encoder = HintEncoder.from_pretrained(hint_encoder, local_files_only=True) if hint_encoder else None
+    reference = predict(model.unet, encode_prompts(model.tokenizer, model.text_encoder, [PROOF_PROMPT]), encoder)
+    left_out = _copy_components(base, folder)
+    if encoder is not None:
+        encoder.to(dtype).save_pretrained(folder / "hint_encoder")
+        add_code(folder)
+    _save_weights(merge_adapter(adapted), folder / "unet" / UNET_WEIGHTS, dtype)
+    if base.single_file is not None:
+        _save_weights(model.vae, folder / "vae" / VAE_WEIGHTS, dtype)
+        text_encoder: Any = model.text_encoder
+        save_text_encoder(text_encoder.to(dtype), folder / "text_encoder")
+    return reference, left_out
+
+
+def _copy_components(base: Base, folder: Path) -> list[str]:
+    """Copy what model_index.json names, but not the UNet's weights; returns the optional components left out."""
+    index = json.loads((base.folder / "model_index.json").read_text(encoding="utf-8"))
+    named = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
+    left_out = [name for name in named if name not in COMPONENTS and not _is_complete(base, name)]
+    for name in named:
+        if name not in left_out:
+            (folder / name).mkdir()
+            for target, source in _component_files(base, name).items():
+                shutil.copyfile(source, folder / name / target)  # follows the links of a hub cache
+    if left_out:
+        changes: dict[str, Any] = {name: [None, None] for name in left_out}
+        if "safety_checker" in left_out:
+            changes["requires_safety_checker"] = False
+        _write_json(folder / "model_index.json", index | changes)
+    else:
+        shutil.copyfile(base.folder / "model_index.json", folder / "model_index.json")
+    scheduler = base.config("scheduler")
+    if base.prediction_type is not None and scheduler.get("prediction_type", "epsilon") != base.prediction_type:
+        changed = scheduler | {"prediction_type": base.prediction_type}
+        _write_json(folder / "scheduler" / "scheduler_config.json", changed)
+    return left_out
+
+
+def _is_complete(base: Base, name: str) -> bool:
+    """Whether an optional component can be copied: it is there, and its weights, if it has any, are safetensors."""
+    source = base.folder / name
+    if not source.is_dir():
+        return False
+    pickled = any(path.suffix in PICKLE_SUFFIXES for path in source.iterdir())
+    return bool(weight_files(base, name)) or not pickled
+
+
+def _component_files(base: Base, name: str) -> dict[str, Path]:
+    """File name in the output -> source: configurations, vocabularies, and the weights that etherdiff reads.
+
+    Weights that exist only as a variant, such as fp16, lose it in their name, or plain diffusers would not find them.
+    """
+    weights = weight_files(base, name) if name != "unet" else []
+    variant = weights[0].name.split(".")[1] if weights and weights[0].name.count(".") > 1 else None
+    files = {path.name.replace(f".{variant}.", ".") if variant else path.name: path for path in weights}
+    for path in (base.folder / name).iterdir():
+        is_index = ".index." in path.name
+        if path.suffix in CONFIG_SUFFIXES and (not is_index or (len(weights) > 1 and "safetensors" in path.name)):
+            files[path.name] = path
+    return files
+
+
+def _save_weights(module: Any, path: Path, dtype: torch.dtype) -> None:
+    state = {
+        key: (value.to(dtype) if value.is_floating_point() else value).contiguous()
+        for key, value in module.state_dict().items()
+    }
+    save_tensors(state, path)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_plainly(folder: Path) -> Any:
+    return StableDiffusionPipeline.from_pretrained(str(folder), local_files_only=True).to(torch.float32)
+
+
+def _read_with_its_code(folder: Path) -> Any:
+    """As a user without etherdiff would: the code is the folder's own."""
+    return DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, trust_remote_code=True).to(torch.float32)
+
+
+def _read_single_file(path: Path, config: Path) -> Any:
+    pipeline = StableDiffusionPipeline.from_single_file(
+        str(path), config=str(config), local_files_only=True, safety_checker=None
+    )
+    return pipeline.to(torch.float32)
