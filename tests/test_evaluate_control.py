@@ -480,10 +480,11 @@ def test_two_runs_are_compared_if_they_were_judged_alike(run, pipeline, tmp_path
         compare([run, other])
 
 
-def test_options_of_the_other_task_are_refused(run, pipeline, monkeypatch, capsys):
+def test_options_of_the_other_task_are_refused(run, pipeline, monkeypatch, capsys, tmp_path):
     assert command(monkeypatch, run, "--num", 3, "--no-base", "--checkpoint", "best") == 2
     assert "--num, --checkpoint, --no-base is for runs of train-dreambooth" in capsys.readouterr().err
-    text = (run / "run.yaml").read_text()
-    (run / "run.yaml").write_text(text.replace("task: s2i", "task: dreambooth"))
-    assert command(monkeypatch, run, "--num-maps", 3, "--real") == 2
+    other = RunFolder(tmp_path / "other")
+    other.path.mkdir()
+    write_settings(other, "dreambooth", DreamBoothConfig(subject="dog"), {})
+    assert command(monkeypatch, other.path, "--num-maps", 3, "--real") == 2
     assert "--num-maps, --real is for runs of train-s2i" in capsys.readouterr().err
