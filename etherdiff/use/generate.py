@@ -10,8 +10,8 @@ from PIL import Image
 
 from etherdiff.adapters.io import load_adapters, read_adapter
 from etherdiff.config import GenerateOptions, S2IConfig
-from etherdiff.control.signal import Signal
 from etherdiff.control.signals import recorded_signal
+from etherdiff.control.signals.signal import Signal
 from etherdiff.families.bases import Base, Parts, find_base, load_base, make_pipeline
 from etherdiff.families.sampling import PAPER_SAMPLING, S2I_SAMPLING, chunks, sample, sheet, slug
 from etherdiff.images.png import save_png
