@@ -168,6 +168,8 @@ def load_from_folder(role: str, source: Source, device: str) -> Backbone:
 
 
 def _read_config(source: Source) -> Any:
+    if not (source.folder / "config.json").is_file():  # transformers 4 guesses a model from the folder's name
+        raise UserError(f"{source.name} is no transformers model: it has no config.json")
     try:
         return AutoConfig.from_pretrained(str(source.folder), local_files_only=True)
     except (OSError, ValueError) as error:
