@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from etherdiff.images.reading import UnreadableImage, read_image
+from etherdiff.images.reading import read_image
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import file_hash
 from etherdiff.system.paths import cache_dir
@@ -170,10 +170,7 @@ def _load(model: str, device: str) -> Callable[[list[Path]], list[str]]:
     blip = blip.eval().to(place)
 
     def describe(paths: list[Path]) -> list[str]:
-        try:
-            images = [read_image(path) for path in paths]
-        except UnreadableImage as error:
-            raise UserError(str(error)) from error
+        images = [read_image(path) for path in paths]
         pixels = processor(images=images, return_tensors="pt").to(place)
         with torch.inference_mode():
             tokens = blip.generate(**pixels, max_new_tokens=MAX_NEW_TOKENS, num_beams=3, do_sample=False)

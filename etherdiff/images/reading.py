@@ -33,7 +33,7 @@ _HEIC_SIGNATURE = rb"....ftyp(hei|hev|mif1|msf1)"
 _PAGED_FORMATS = ("MPO", "TIFF")  # further frames are thumbnails or pages: a viewer shows the first
 
 
-class UnreadableImage(ValueError):  # noqa: N818 - reads as what it says of the file
+class UnreadableImage(UserError, ValueError):  # noqa: N818 - reads as what it says of the file
     """An image file that cannot be used as it is: `path`, and in a few words `why`."""
 
     def __init__(self, path: Path, why: str) -> None:

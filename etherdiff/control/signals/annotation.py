@@ -13,7 +13,6 @@ from etherdiff.control.preprocess import annotate
 from etherdiff.control.signals.signal import Signal
 from etherdiff.images.crops import resize_and_crop
 from etherdiff.images.reading import UnreadableImage, read_image
-from etherdiff.system.errors import UserError
 from etherdiff.system.files import staged_file
 
 
@@ -38,7 +37,7 @@ class Annotation(Signal):
 
     def picture(self, control: Path, resolution: int) -> NDArray[np.uint8]:
         """The picture's square: (resolution, resolution, 3)."""
-        return np.asarray(_square(control, resolution))
+        return np.asarray(resize_and_crop(read_image(control), resolution))
 
     def target(self, control: Path, resolution: int) -> NDArray[np.uint8]:
         """The picture itself: nothing here reads it back from generated images."""
@@ -49,21 +48,15 @@ class Annotation(Signal):
         try:
             read_image(control)
         except UnreadableImage as error:
-            return [str(error)]
+            return error.problems
         return []
 
     def derive(self, image: Path, control: Path) -> None:
         """Write what the annotator draws for the image's square. UserError where it cannot be read, or drawn."""
-        drawn = annotate(self.name, np.asarray(_square(image, self.resolution)))
+        square = resize_and_crop(read_image(image), self.resolution)
+        drawn = annotate(self.name, np.asarray(square))
         with staged_file(control) as staged:
             Image.fromarray(drawn).save(staged, format="PNG")
-
-
-def _square(path: Path, resolution: int) -> Image.Image:
-    try:
-        return resize_and_crop(read_image(path), resolution)
-    except UnreadableImage as error:
-        raise UserError(str(error)) from error
 
 
 def annotation(name: str) -> type[Annotation]:

@@ -12,7 +12,7 @@ from PIL import Image
 from etherdiff.control.preprocess import STEP, annotate
 from etherdiff.control.signals.signal import Signal, crop_box
 from etherdiff.images.crops import resize_and_crop
-from etherdiff.images.reading import UnreadableImage, read_image
+from etherdiff.images.reading import read_image
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import staged_file
 
@@ -83,17 +83,11 @@ class Canny(Signal):
 
     def derive(self, image: Path, control: Path) -> None:
         """Write the edges of an image's square as a PNG, whole or not at all. UserError where it cannot be read."""
-        try:
-            square = resize_and_crop(read_image(image), self.resolution)
-        except UnreadableImage as error:
-            raise UserError(str(error)) from error
+        square = resize_and_crop(read_image(image), self.resolution)
         found = edges(np.asarray(square), self.low, self.high)
         with staged_file(control) as staged:
             Image.fromarray(found.astype(np.uint8) * np.uint8(255)).save(staged, format="PNG")
 
 
 def _grey(control: Path) -> NDArray[np.uint8]:
-    try:
-        return np.asarray(read_image(control).convert("L"))
-    except UnreadableImage as error:
-        raise UserError(str(error)) from error
+    return np.asarray(read_image(control).convert("L"))

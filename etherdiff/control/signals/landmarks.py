@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from etherdiff.control.signals.signal import Signal, Size, crop_box, upright_size
-from etherdiff.images.reading import UnreadableImage, read_image
+from etherdiff.images.reading import read_image
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import file_hash, write_text
 from etherdiff.system.paths import cache_dir
@@ -126,10 +126,7 @@ class Landmarks(Signal):
             raise UserError(
                 f"{image} has no landmarks: give them as .json or .npy, or name mediapipe's face_landmarker.task in {TASK_FILE}"
             )
-        try:
-            shown = read_image(image)
-        except UnreadableImage as error:
-            raise UserError(str(error)) from error
+        shown = read_image(image)
         try:
             points = detect(shown, task_file)
         except UserError as error:
