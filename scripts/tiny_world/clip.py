@@ -15,7 +15,7 @@ from etherdiff.tiny.world import KINDS
 from tiny_world.cards import parameter_count, write_card
 from tiny_world.data import LABELS, SceneSet, scene_set, to_tensor
 from tiny_world.evaluator import NORMALISATION, evaluator_folder, in_batches, soften, some
-from tiny_world.training import Schedule, train
+from tiny_world.training import Schedule, seeded, train
 
 SCHEDULE = Schedule(steps=1_200, learning_rate=1e-3, warmup=100, weight_decay=0.05, ema=0.99, evaluate_every=300)
 BATCH = 128
@@ -42,12 +42,14 @@ def build(work: Path, output: Path, fraction: float = 1.0) -> None:
     scenes = scene_set("train", max(round(SCENES * min(fraction, 1)), BATCH), work)
     tokens = [tokenize(tokenizer, texts) for texts in (scenes.captions, scenes.loose_captions, scenes.short_captions)]
     validation = scene_set("validation", HELD_OUT // 2, work)
-    torch.manual_seed(0)
+    with seeded():
+        untrained = Training(make_model(tokenizer))
     schedule = SCHEDULE.shortened(fraction)
     trained: Any = train(
         "clip",
-        Training(make_model(tokenizer)),
-        lambda model, rng: contrastive_loss(model, draw_batch(rng, scenes, tokens)),
+        untrained,
+        lambda rng: draw_batch(rng, scenes, tokens),
+        lambda model, *batch: contrastive_loss(model, batch),
         schedule,
         work,
         lambda model: retrieval(model.clip, tokenizer, validation),
@@ -106,10 +108,10 @@ def draw_batch(rng: np.random.Generator, scenes: SceneSet, tokens: list[NDArray[
     end = tokens[0][0, -1]
     length = 1 + max(int(np.argmax(row == end)) for row in rows)
     ids = np.stack([np.append(row, np.full(77, end))[:length] for row in rows])
-    return soften(to_tensor(scenes.images[chosen])), torch.from_numpy(ids), torch.from_numpy(scenes.labels[chosen]).float()
+    return soften(to_tensor(scenes.images[chosen]), rng), torch.from_numpy(ids), torch.from_numpy(scenes.labels[chosen]).float()
 
 
-def contrastive_loss(model: Any, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def contrastive_loss(model: Any, batch: tuple[Tensor, ...]) -> Tensor:
     """CLIP's loss with a learned temperature, captions that read the same counting as one; and that of the labels."""
     images, ids, labels = batch
     seen, read = model.clip.vision_model(images).pooler_output, model.clip.text_model(ids).pooler_output

@@ -18,10 +18,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from etherdiff.families.loss import min_snr_weight
 from etherdiff.system.files import staged_file
 from etherdiff.system.terminal import track
+from etherdiff.train.randomness import Draw, generator
 from tiny_world.data import THING_WEIGHT, SceneSet, scene_set, thing_weights, to_tensor
 from tiny_world.reading import train_reader
 from tiny_world.tokenizer import tokenize
-from tiny_world.training import Schedule, train
+from tiny_world.training import Schedule, seeded, train
 
 SCHEDULE = Schedule(steps=30_000, learning_rate=1e-3, warmup=200, weight_decay=0.01, ema=0.999, evaluate_every=500)
 BATCH = 32
@@ -87,8 +88,8 @@ def train_denoiser(vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, fra
     validation = training_set(vae, tokenizer, scene_set("validation", VALIDATION, work), work, "validation")
     captions = scene_set("validation", VALIDATION, work).captions[:SHEET_CAPTIONS]
     noise_scheduler = make_noise_scheduler()
-    torch.manual_seed(0)
-    model = make_model(tokenizer)
+    with seeded():
+        model = make_model(tokenizer)
     model.text_encoder = train_reader(model.text_encoder, tokenizer, work, fraction).requires_grad_(True)
     model.unet.set_attn_processor(AttnProcessor())  # torch's fused attention is slow backwards on a CPU
 
@@ -99,7 +100,8 @@ def train_denoiser(vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, fra
     return train(
         "unet",
         model,
-        lambda called, rng: denoising_loss(called, draw_batch(rng, data), noise_scheduler),
+        lambda rng: draw_batch(rng, data),
+        lambda model, *batch: denoising_loss(model, DenoisingBatch(*batch), noise_scheduler),
         SCHEDULE.shortened(fraction),
         work,
         evaluate,
@@ -208,7 +210,7 @@ def denoising_loss(model: nn.Module, batch: DenoisingBatch, noise_scheduler: DDP
 
 def validation_loss(model: nn.Module, data: TrainingSet, noise_scheduler: DDPMScheduler) -> float:
     """The loss on 512 draws that are always the same."""
-    rng = np.random.Generator(np.random.Philox(0))
+    rng = generator(0, Draw.VALIDATION_NOISE, 0, 0)
     with torch.autocast("cpu", torch.bfloat16):
         return float(np.mean([float(denoising_loss(model, draw_batch(rng, data), noise_scheduler)) for _ in range(16)]))
 

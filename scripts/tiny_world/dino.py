@@ -15,7 +15,7 @@ from etherdiff.tiny.world import render_thing
 from tiny_world.cards import parameter_count, write_card
 from tiny_world.data import in_two_processes, to_tensor
 from tiny_world.evaluator import NORMALISATION, evaluator_folder, in_batches, soften, some
-from tiny_world.training import Schedule, train
+from tiny_world.training import Schedule, seeded, train
 
 SCHEDULE = Schedule(steps=1_600, learning_rate=1e-3, warmup=100, weight_decay=0.05, ema=0.99, evaluate_every=200)
 THINGS, VIEWS = 8_000, 3
@@ -30,12 +30,14 @@ def build(work: Path, output: Path, fraction: float = 1.0) -> None:
     """Train (or go on), score on the test split and write OUTPUT/dino."""
     views = thing_views("train", max(round(THINGS * min(fraction, 1)), BATCH), VIEWS, work)
     validation = thing_views("validation", HELD_OUT // 4, 2, work)
-    torch.manual_seed(0)
+    with seeded():
+        untrained = make_model()
     schedule = SCHEDULE.shortened(fraction)
     model = train(
         "dino",
-        make_model(),
-        lambda model, rng: identity_loss(model, draw_batch(rng, views)),
+        untrained,
+        lambda rng: (draw_batch(rng, views),),
+        identity_loss,
         schedule,
         work,
         lambda model: triples(model, validation),
@@ -99,7 +101,7 @@ def _render_chunk(split: str, things: int, views: int, start: int) -> NDArray[np
 def draw_batch(rng: np.random.Generator, views: NDArray[np.uint8]) -> Tensor:
     """Pictures (BATCH x SIBLINGS x 2, 3, 64, 64): two views of an individual are neighbours."""
     pairs = [views[thing][:, rng.choice(views.shape[2], 2, replace=False)] for thing in some(rng, len(views), BATCH)]
-    return soften(to_tensor(np.stack(pairs).reshape(-1, *views.shape[3:])))
+    return soften(to_tensor(np.stack(pairs).reshape(-1, *views.shape[3:])), rng)
 
 
 def identity_loss(model: nn.Module, images: Tensor) -> Tensor:

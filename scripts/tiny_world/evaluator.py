@@ -25,20 +25,19 @@ def some(rng: np.random.Generator, total: int, count: int) -> NDArray[np.int64]:
     return np.sort(rng.choice(total, min(count, total), replace=False))
 
 
-def soften(images: Tensor) -> Tensor:
-    """Half of the images (B, 3, H, W) in [-1, 1] blurred, a little noisy and off in colour, as an autoencoder gives them back.
-
-    The random numbers are torch's own, which `train` seeds for each step.
-    """
-    chosen = (torch.rand(len(images)) < SOFTENED_SHARE).float()[:, None, None, None]
-    sigma = float(torch.empty(()).uniform_(0.3, 0.9))
+def soften(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Half of the images (B, 3, H, W) in [-1, 1] blurred, a little noisy and off in colour, as an autoencoder makes them."""
+    count = len(images)
+    chosen = torch.from_numpy(rng.random(count) < SOFTENED_SHARE).float()[:, None, None, None]
+    sigma = float(rng.uniform(0.3, 0.9))
     offsets = torch.arange(-2.0, 3.0)
     line = torch.softmax(-0.5 * (offsets / sigma) ** 2, 0)
     kernel = (line[:, None] * line).expand(3, 1, 5, 5)
     blurred = F.conv2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
-    noise = F.interpolate(torch.randn(len(images), 3, 32, 32), size=images.shape[-2:], mode="bilinear", align_corners=False)
-    tint = 1 + 0.05 * torch.randn(len(images), 3, 1, 1)
-    amount = 0.06 * torch.rand(len(images), 1, 1, 1)
+    grain = torch.from_numpy(rng.standard_normal((count, 3, 32, 32), np.float32))
+    noise = F.interpolate(grain, size=images.shape[-2:], mode="bilinear", align_corners=False)
+    tint = 1 + 0.05 * torch.from_numpy(rng.standard_normal((count, 3, 1, 1), np.float32))
+    amount = 0.06 * torch.from_numpy(rng.random((count, 1, 1, 1), np.float32))
     return torch.lerp(images, (blurred * tint + amount * noise).clamp(-1, 1), chosen)
 
 

@@ -12,7 +12,7 @@ from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageCla
 from tiny_world.cards import parameter_count, write_card
 from tiny_world.data import LABELS, SceneSet, scene_set, to_tensor
 from tiny_world.evaluator import NORMALISATION, evaluator_folder, in_batches, some
-from tiny_world.training import Schedule, train
+from tiny_world.training import Schedule, seeded, train
 
 SCHEDULE = Schedule(steps=3_000, learning_rate=2e-3, warmup=100, weight_decay=0.02, ema=0.99, evaluate_every=500)
 BATCH = 64
@@ -23,12 +23,14 @@ def build(work: Path, output: Path, fraction: float = 1.0) -> None:
     """Train (or go on), score on the test split and write OUTPUT/features."""
     scenes = scene_set("train", max(round(SCENES * min(fraction, 1)), BATCH), work)
     validation = scene_set("validation", VALIDATION, work)
-    torch.manual_seed(0)
+    with seeded():
+        untrained = make_model().to(memory_format=torch.channels_last)
     schedule = SCHEDULE.shortened(fraction)
     model = train(
         "features",
-        make_model().to(memory_format=torch.channels_last),
-        lambda model, rng: label_loss(model, *draw_batch(rng, scenes)),
+        untrained,
+        lambda rng: draw_batch(rng, scenes),
+        label_loss,
         schedule,
         work,
         lambda model: label_scores(model, validation),

@@ -16,8 +16,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from etherdiff.tiny.captions import full_caption, thing_phrase
 from etherdiff.tiny.things import Thing
 from etherdiff.tiny.world import COLOURS, GROUNDS, KINDS, PATTERNS, SKIES, sample_allowed
+from etherdiff.train.randomness import Draw, generator
 from tiny_world.tokenizer import tokenize
-from tiny_world.training import Schedule, train
+from tiny_world.training import Schedule, seeded, train
 
 SCHEDULE = Schedule(steps=1_700, learning_rate=2e-3, warmup=100, weight_decay=0.01, ema=0.99, evaluate_every=250)
 BATCH = 96
@@ -43,12 +44,15 @@ class Reader(nn.Module):
 
 def train_reader(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, work: Path, fraction: float = 1.0) -> CLIPTextModel:
     """Train (or go on); returns the text encoder that can read."""
-    rng = np.random.Generator(np.random.Philox(1))
+    rng = generator(1, Draw.VALIDATION_NOISE, 0, 0)
     held_out = [draw_batch(rng, tokenizer) for _ in range(4)]
+    with seeded():
+        untrained = Reader(text_encoder)
     reader = train(
         "reading",
-        Reader(text_encoder),
-        lambda model, rng: reading_loss(model, draw_batch(rng, tokenizer)),
+        untrained,
+        lambda rng: draw_batch(rng, tokenizer),
+        lambda model, *batch: reading_loss(model, batch),
         SCHEDULE.shortened(fraction),
         work,
         lambda model: {"wholly_right": float(np.mean([share_wholly_right(model, batch) for batch in held_out]))},
@@ -85,7 +89,7 @@ def caption_facts(things: tuple[Thing, ...], places: tuple[str, ...]) -> NDArray
     return facts
 
 
-def reading_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def reading_loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     """Cross-entropy summed over the facts, since nearly all are zero; mean over captions."""
     ids, positions, facts = batch
     return F.binary_cross_entropy_with_logits(model(ids, positions).float(), facts, reduction="sum") / len(ids)

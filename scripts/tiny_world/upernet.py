@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from transformers import ConvNextConfig, SegformerImageProcessor, UperNetConfig, UperNetForSemanticSegmentation
 
 from etherdiff.tiny.world import CLASSES
+from etherdiff.train.randomness import Draw, generator
 from tiny_world.cards import parameter_count, write_card
 from tiny_world.data import SceneSet, scene_set, to_tensor
 from tiny_world.evaluator import NORMALISATION, evaluator_folder, in_batches, soften, some
-from tiny_world.training import Schedule, train
+from tiny_world.training import Schedule, seeded, train
 
 SCHEDULE = Schedule(steps=6_000, learning_rate=1.5e-3, warmup=100, weight_decay=0.05, ema=0.99, evaluate_every=200)
 BATCH = 32
@@ -23,12 +24,14 @@ def build(work: Path, output: Path, fraction: float = 1.0) -> None:
     """Train (or go on), score on the test split and write OUTPUT/upernet."""
     scenes = scene_set("train", max(round(SCENES * min(fraction, 1)), BATCH), work)
     validation = scene_set("validation", VALIDATION, work)
-    torch.manual_seed(0)
+    with seeded():
+        untrained = make_model().to(memory_format=torch.channels_last)
     schedule = SCHEDULE.shortened(fraction)
     model = train(
         "upernet",
-        make_model().to(memory_format=torch.channels_last),
-        lambda model, rng: pixel_loss(model, *draw_batch(rng, scenes)),
+        untrained,
+        lambda rng: draw_batch(rng, scenes),
+        pixel_loss,
         schedule,
         work,
         lambda model: segmentation_scores(model, validation),
@@ -84,7 +87,7 @@ def draw_batch(rng: np.random.Generator, scenes: SceneSet) -> tuple[Tensor, Tens
     images, classes = to_tensor(scenes.images[chosen]), torch.from_numpy(scenes.segmentations[chosen]).long()
     mirrored = torch.from_numpy(rng.random(len(chosen)) < 0.5)
     images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-    return soften(images), torch.where(mirrored[:, None, None], classes.flip(-1), classes)
+    return soften(images, rng), torch.where(mirrored[:, None, None], classes.flip(-1), classes)
 
 
 def pixel_loss(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
@@ -95,8 +98,8 @@ def pixel_loss(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
 
 def segmentation_scores(model: nn.Module, scenes: SceneSet, softened: bool = False) -> dict[str, float]:
     """mIoU over the classes that occur, from counts over all scenes, and the share of right pixels."""
-    torch.manual_seed(0)  # of the softening
-    predicted = in_batches(lambda x: model(soften(x) if softened else x).logits.argmax(1), scenes.images).numpy()
+    rng = generator(0, Draw.VALIDATION_NOISE, 0, 0)
+    predicted = in_batches(lambda x: model(soften(x, rng) if softened else x).logits.argmax(1), scenes.images).numpy()
     pairs = np.asarray(scenes.segmentations, np.int64) * len(CLASSES) + predicted
     counts = np.bincount(pairs.ravel(), minlength=len(CLASSES) ** 2).reshape(len(CLASSES), -1)
     right, union = counts.diagonal(), counts.sum(0) + counts.sum(1) - counts.diagonal()

@@ -244,16 +244,14 @@ def test_short_caption_over_false_ones(scenes):
 
 def test_soften_leaves_half_and_blurs_half(scenes):
     images = to_tensor(np.concatenate([scenes.images] * 4))
-    torch.manual_seed(1)
-    softened = soften(images)
+    softened = soften(images, np.random.default_rng(1))
     assert softened.shape == images.shape
     assert softened.abs().max() <= 1
     changed = (softened != images).flatten(1).any(1)
     assert 0.3 < changed.float().mean() < 0.7
     difference = (softened - images)[changed].abs().mean()
     assert 0.005 < difference < 0.15
-    torch.manual_seed(1)
-    assert torch.equal(soften(images), softened)
+    assert torch.equal(soften(images, np.random.default_rng(1)), softened)
 
 
 def test_some_are_distinct_and_sorted():

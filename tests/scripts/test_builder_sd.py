@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
-from tiny_world import autoencoder, diffusion, pipeline, tokenizer, training
+from tiny_world import autoencoder, diffusion, pipeline, reading, tokenizer, training
 from tiny_world.data import SceneSet, to_tensor
 from tiny_world.training import Schedule, train
 from torch import nn
@@ -149,7 +149,7 @@ def test_places_of_things_weigh_five_times_those_of_sky_and_ground():
 def test_the_autoencoder_weighs_things_where_they_are_after_mirroring():
     rendered = [render_scene("train", index) for index in range(8)]
     images, classes = (np.stack([getattr(scene, name) for scene in rendered]) for name in ("image", "segmentation"))
-    drawn, weights = autoencoder.draw_batch(np.random.default_rng(0), SceneSet(images, classes, None, [], [], []))
+    drawn, weights, _ = autoencoder.draw_batch(np.random.default_rng(0), SceneSet(images, classes, None, [], [], []))
     things = torch.from_numpy(classes >= CLASSES.index("ball"))
     pictures = to_tensor(images)
     ways = {(i, way) for i in range(8) for way in (1, -1)}
@@ -164,7 +164,7 @@ def test_the_autoencoder_weighs_things_where_they_are_after_mirroring():
 def test_the_decoder_goes_on_and_leaves_the_latents_as_they_are():
     torch.manual_seed(0)
     model = autoencoder.Decoding(autoencoder.make_model())
-    model(torch.rand(2, 3, 64, 64) * 2 - 1, torch.ones(2, 1, 64, 64)).backward()
+    model(torch.rand(2, 3, 64, 64) * 2 - 1, torch.ones(2, 1, 64, 64), torch.randn(2, 4, 16, 16)).backward()
     learning = {name.split(".")[1] for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert learning == {"decoder", "post_quant_conv"}
 
@@ -174,7 +174,7 @@ class MicroDenoiser(nn.Module):
 
     def __init__(self, tokens):
         super().__init__()
-        self.latents = nn.Conv2d(4, 4, 3, padding=1)
+        self.latents = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
         self.words = nn.Embedding(tokens, 4)
 
     def forward(self, noisy, timesteps, ids):
@@ -186,17 +186,20 @@ def train_micro(work, own, stop_at=None):
     torch.manual_seed(0)
     steps = iter(range(100))
 
-    def loss(model, rng):
+    def draw(rng):
         if next(steps) == stop_at:
             raise KeyboardInterrupt
-        return diffusion.denoising_loss(model, diffusion.draw_batch(rng, data), noise_scheduler)
+        return diffusion.draw_batch(rng, data)
+
+    def loss(model, *batch):
+        return diffusion.denoising_loss(model, diffusion.DenoisingBatch(*batch), noise_scheduler)
 
     schedule = Schedule(steps=8, learning_rate=1e-2, warmup=2, evaluate_every=4)
 
     def evaluate(model):
         return {"validation_loss": diffusion.validation_loss(model, data, noise_scheduler)}
 
-    return train("micro", MicroDenoiser(len(own)), loss, schedule, work, evaluate)
+    return train("micro", MicroDenoiser(len(own)), draw, loss, schedule, work, evaluate)
 
 
 def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one(own, tmp_path, monkeypatch):
@@ -210,6 +213,37 @@ def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one(own, tmp_pat
     logs = [read_log(tmp_path / part) for part in ("whole", "parts")]
     assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]] == [4, 8, 8]
     assert logs[0][-1] == logs[1][-1]
+
+
+@pytest.fixture
+def short(monkeypatch, tmp_path):
+    """Stages of two steps on a few scenes, with no rendering in other processes."""
+    drawn = [render_scene("train", index) for index in range(8)]
+    images, classes = (np.stack([getattr(scene, name) for scene in drawn]) for name in ("image", "segmentation"))
+    captions = ([getattr(scene, name) for scene in drawn] for name in ("caption", "loose_caption", "short_caption"))
+    scenes = SceneSet(images, classes, None, *captions)
+    for module in (autoencoder, diffusion, reading):
+        monkeypatch.setattr(module, "SCHEDULE", Schedule(2, 1e-3, warmup=1, evaluate_every=2))
+        monkeypatch.setattr(module, "BATCH", 2)
+    monkeypatch.setattr(autoencoder, "DECODER_SCHEDULE", Schedule(2, 1e-3, warmup=1, evaluate_every=2))
+    monkeypatch.setattr(diffusion, "SHEET_CAPTIONS", 8)
+    for module in (autoencoder, diffusion):
+        monkeypatch.setattr(module, "scene_set", lambda split, count, work: scenes)
+    return tmp_path
+
+
+def test_the_stages_of_tiny_sd_run_and_go_on_where_they_were(own, short):
+    def build():
+        vae = autoencoder.train_autoencoder(short, fraction=0.5)
+        return vae, diffusion.train_denoiser(vae, own, short, fraction=0.5)
+
+    built = build()
+    assert (short / "unet" / "samples.png").is_file()
+    assert {path.name for path in short.glob("*/checkpoints/*")} == {"step-000002"}
+    assert not list(short.rglob("*.pt"))
+    for first, again in zip(built, build(), strict=True):  # nothing is left to do
+        states = first.state_dict(), again.state_dict()
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def read_log(work):
