@@ -24,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from etherdiff.families.shipped import shipped_config
+from etherdiff.families.bases import shipped_config
 
 PROMPT = "a photo of sks dog"
 

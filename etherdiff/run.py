@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from etherdiff.config import DreamBoothConfig, S2IConfig, TrainConfig
-from etherdiff.families.bases import fingerprint, load_base
+from etherdiff.families.sd1 import fingerprint, load_base
 from etherdiff.report.reporting import show_report
 from etherdiff.runs.base import refuse_other_base
 from etherdiff.runs.faults import explained

@@ -17,8 +17,9 @@ from tiny_world.data import scene_set, to_tensor
 from tiny_world.judge import Judgement, judge
 from transformers import AutoModel, AutoTokenizer, CLIPModel, ResNetForImageClassification, UperNetForSemanticSegmentation
 
-from etherdiff.families.bases import find_base, load_base, make_pipeline
+from etherdiff.families.bases import find_base
 from etherdiff.families.sampling import sample
+from etherdiff.families.sd1 import load_base, make_pipeline
 from etherdiff.system.paths import ASSETS
 from etherdiff.system.terminal import quiet_libraries, say, track
 from etherdiff.tiny.world import Scene, render_scene

@@ -55,7 +55,8 @@ def etherdiff_(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def model():
     """The tiny base, loaded."""
-    from etherdiff.families.bases import find_base, load_base
+    from etherdiff.families.bases import find_base
+    from etherdiff.families.sd1 import load_base
 
     return load_base(find_base("tiny"))
 
@@ -63,6 +64,7 @@ def model():
 @pytest.fixture(scope="module")
 def hashes():
     """The tiny base's fingerprint."""
-    from etherdiff.families.bases import find_base, fingerprint
+    from etherdiff.families.bases import find_base
+    from etherdiff.families.sd1 import fingerprint
 
     return fingerprint(find_base("tiny"))

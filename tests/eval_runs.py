@@ -12,7 +12,8 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, 
 from etherdiff.adapters.io import save_adapter
 from etherdiff.adapters.methods import add_adapter
 from etherdiff.config import DreamBoothConfig
-from etherdiff.families.bases import find_base, fingerprint, load_base
+from etherdiff.families.bases import find_base
+from etherdiff.families.sd1 import fingerprint, load_base
 from etherdiff.runs.folder import RunFolder, write_manifest, write_settings
 from etherdiff.system.files import file_hash
 from etherdiff.tasks.planning import method_options

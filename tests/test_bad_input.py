@@ -19,7 +19,8 @@ from etherdiff import cli
 from etherdiff import run as run_module
 from etherdiff.adapters.io import load_adapter
 from etherdiff.config import GenerateOptions
-from etherdiff.families.bases import find_base, load_base
+from etherdiff.families.bases import find_base
+from etherdiff.families.sd1 import load_base
 from etherdiff.run import train_dreambooth
 from etherdiff.system.errors import UserError
 from etherdiff.tasks.planning import plan_dreambooth

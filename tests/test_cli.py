@@ -264,7 +264,7 @@ def test_resume_extends_a_finished_run(etherdiff_, photos, tmp_path):
 
 def test_a_dry_run_prints_and_writes_nothing(etherdiff_, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("etherdiff.families.bases.load_base", None)  # no weight is read
+    monkeypatch.setattr("etherdiff.families.sd1.load_base", None)  # no weight is read
     arguments = ["--subject", photos, "--base", "tiny", "--class-noun", "ball", "--method", "ether"]
     status, out, err = etherdiff_("train-dreambooth", *arguments, "--dry-run")
     assert status == 0

@@ -10,7 +10,8 @@ from etherdiff.adapters.io import load_adapter, lora_factors, merge_adapter, rea
 from etherdiff.adapters.layers import AdapterLayer, from_identity
 from etherdiff.adapters.methods import METHODS, Method, MethodOptions, Style, add_adapter, label_styles, trainable_parameters
 from etherdiff.adapters.perturbation import distance_problem
-from etherdiff.families.bases import find_base, load_base
+from etherdiff.families.bases import find_base
+from etherdiff.families.sd1 import load_base
 from etherdiff.report.contents import Contents
 from etherdiff.report.drift import drift_section
 from etherdiff.results import drawing

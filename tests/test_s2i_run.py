@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from etherdiff.adapters.io import load_adapter, load_adapters
 from etherdiff.config import GenerateOptions, S2IConfig
 from etherdiff.control.pipeline import HintEncoder, added_hint
-from etherdiff.families.bases import encode_prompts, find_base, load_base
+from etherdiff.families.bases import find_base
 from etherdiff.families.sampling import S2I_SAMPLING
+from etherdiff.families.sd1 import encode_prompts, load_base
 from etherdiff.images.png import read_png_settings
 from etherdiff.run import resume, train_s2i
 from etherdiff.runs.control import load_control_run

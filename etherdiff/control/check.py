@@ -147,7 +147,7 @@ def _find_silent(rows: list[tuple[str, Row]], listing: Listing) -> None:
 def _long_captions(rows: list[tuple[str, Row]]) -> dict[str, list[str]]:
     from transformers import CLIPTokenizer
 
-    from etherdiff.families.shipped import shipped_config
+    from etherdiff.families.bases import shipped_config
 
     said = [(f"{split}/{row.name}", row.text) for split, row in rows if row.text is not None]
     if not said:

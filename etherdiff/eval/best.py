@@ -20,8 +20,8 @@ from etherdiff.config import DreamBoothConfig
 from etherdiff.eval.networks import PRESETS, Backbone, choose_preset, find_backbones
 from etherdiff.eval.protocol import EvalPrompt, make_prompts
 from etherdiff.eval.scores import PromptImages, Scoring, score_images
-from etherdiff.families.bases import StableDiffusion, encode_prompts, make_pipeline
 from etherdiff.families.sampling import PAPER_SAMPLING, sample, slug
+from etherdiff.families.sd1 import StableDiffusion, encode_prompts, make_pipeline
 from etherdiff.images.png import save_png
 from etherdiff.runs.folder import RunFolder, read_metrics
 from etherdiff.system.errors import UserError

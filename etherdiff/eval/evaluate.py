@@ -40,7 +40,8 @@ from etherdiff.eval.protocol import (
     write_set,
 )
 from etherdiff.eval.scores import PromptForm, Scoring, score_images
-from etherdiff.families.bases import Base, find_base, fingerprint, load_base, make_pipeline
+from etherdiff.families.bases import find_base
+from etherdiff.families.sd1 import Base, fingerprint, load_base, make_pipeline
 from etherdiff.images.reading import read_images
 from etherdiff.report.reporting import show_report
 from etherdiff.runs.folder import RunFolder, check_result

@@ -31,7 +31,7 @@ from etherdiff.eval.networks import (
     versions_of,
 )
 from etherdiff.eval.preprocessing import read_preprocessing
-from etherdiff.families.shipped import shipped_config
+from etherdiff.families.bases import shipped_config
 from etherdiff.system.errors import UserError
 from etherdiff.system.terminal import quiet_libraries
 

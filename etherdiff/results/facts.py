@@ -24,7 +24,8 @@ from etherdiff.adapters.methods import TARGETS, MethodOptions
 from etherdiff.config import TrainConfig
 from etherdiff.eval.best import combined
 from etherdiff.eval.metrics import HELD_OUT
-from etherdiff.families.bases import find_base, load_base
+from etherdiff.families.bases import find_base
+from etherdiff.families.sd1 import load_base
 from etherdiff.report.curves import points
 from etherdiff.runs.base import find_local_base
 from etherdiff.runs.folder import manifest_of

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from etherdiff.families.bases import Base, find_base, fingerprint
+from etherdiff.families.bases import find_base
+from etherdiff.families.sd1 import Base, fingerprint
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 

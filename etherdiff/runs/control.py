@@ -9,7 +9,8 @@ from etherdiff.adapters.io import load_adapters
 from etherdiff.config import S2IConfig
 from etherdiff.control.datasets import ControlDataset, find_dataset
 from etherdiff.control.pipeline import HintEncoder, StableDiffusionS2IPipeline
-from etherdiff.families.bases import StableDiffusion, find_base, load_base
+from etherdiff.families.bases import find_base
+from etherdiff.families.sd1 import StableDiffusion, load_base
 from etherdiff.runs.base import refuse_other_base
 from etherdiff.runs.folder import RunFolder, check_result
 from etherdiff.runs.run import Run

@@ -8,8 +8,8 @@ from torch import nn
 
 from etherdiff.adapters.methods import trainable_parameters
 from etherdiff.config import DreamBoothConfig
-from etherdiff.families.bases import StableDiffusion
 from etherdiff.families.loss import loss_weighting
+from etherdiff.families.sd1 import StableDiffusion
 from etherdiff.runs.folder import RunFolder
 from etherdiff.system.terminal import warn
 from etherdiff.tasks.dreambooth_data import DreamBoothData, DreamBoothTask

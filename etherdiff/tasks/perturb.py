@@ -10,7 +10,8 @@ from etherdiff.adapters.io import save_adapter
 from etherdiff.adapters.methods import TARGETS, MethodOptions, add_adapter, resolve_options
 from etherdiff.adapters.perturbation import distance_problem, perturb_adapter
 from etherdiff.config import PerturbConfig
-from etherdiff.families.bases import Base, find_base, fingerprint, load_base
+from etherdiff.families.bases import find_base
+from etherdiff.families.sd1 import Base, fingerprint, load_base
 from etherdiff.runs.folder import RunFolder, write_settings
 from etherdiff.system.files import staged_folder
 from etherdiff.system.locks import run_lock

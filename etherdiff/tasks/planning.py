@@ -15,7 +15,8 @@ from torch import nn
 
 from etherdiff.adapters.methods import METHODS, TARGETS, MethodOptions, add_adapter, resolve_options
 from etherdiff.config import DreamBoothConfig, SubjectConfig, TrainConfig
-from etherdiff.families.bases import Base, find_base, load_tokenizer
+from etherdiff.families.bases import find_base
+from etherdiff.families.sd1 import Base, load_tokenizer
 from etherdiff.images.reading import UnreadableImage, read_images
 from etherdiff.system.devices import device_problem, resolve_device
 from etherdiff.system.errors import UserError
@@ -76,8 +77,8 @@ def plan_dreambooth(config: DreamBoothConfig, resuming: bool = False) -> DreamBo
     class_noun = problems.attempt(lambda: class_noun_of(config, subject))
     options = problems.attempt(lambda: resolve_options(config.method, method_options(config)))
     resolution = config.resolution or (base.resolution if base else 0)
-    if base is not None and resolution % base.resolution_step:
-        problems.found.append(f"resolution: must be a multiple of {base.resolution_step} for this base, not {resolution}")
+    if base is not None:
+        problems.found += base.resolution_problems(resolution)
     if base is not None and options is not None:
         problems.attempt(lambda: try_adapter(base, config.method, options))
     problems.found += machine_problems(config)

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from etherdiff.config import DreamBoothConfig
-from etherdiff.families.bases import StableDiffusion, encode_prompts, make_pipeline
 from etherdiff.families.sampling import chunks, sample
+from etherdiff.families.sd1 import StableDiffusion, encode_prompts, make_pipeline
 from etherdiff.images.crops import resize_and_crop, to_array
 from etherdiff.images.png import save_png
 from etherdiff.images.reading import read_image

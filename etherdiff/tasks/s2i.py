@@ -11,8 +11,8 @@ from etherdiff.adapters.io import load_adapter, merge_adapter
 from etherdiff.adapters.methods import magnitude_config, trainable_parameters
 from etherdiff.config import S2IConfig
 from etherdiff.control.pipeline import HintEncoder
-from etherdiff.families.bases import StableDiffusion
 from etherdiff.families.loss import loss_weighting
+from etherdiff.families.sd1 import StableDiffusion
 from etherdiff.runs.control import load_hint_encoder
 from etherdiff.runs.folder import RunFolder
 from etherdiff.system.files import copy_folder

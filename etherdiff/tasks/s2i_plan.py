@@ -6,7 +6,8 @@ from pathlib import Path
 from etherdiff.adapters.methods import METHODS, MethodOptions, resolve_options
 from etherdiff.config import S2IConfig
 from etherdiff.control.datasets import ControlDataset
-from etherdiff.families.bases import Base, find_base
+from etherdiff.families.bases import find_base
+from etherdiff.families.sd1 import Base
 from etherdiff.runs.control import open_control_run, run_dataset
 from etherdiff.runs.folder import RunFolder
 from etherdiff.system.errors import UserError
@@ -42,8 +43,8 @@ def plan_s2i(config: S2IConfig, resuming: bool = False) -> S2IPlan:
     resolution = config.resolution or (base.resolution if base else 0)
     dataset = None
     if base is not None:
-        if resolution % base.resolution_step:
-            problems.found.append(f"resolution: must be a multiple of {base.resolution_step} for this base, not {resolution}")
+        if found := base.resolution_problems(resolution):
+            problems.found += found
         else:
             dataset = problems.attempt(lambda: run_dataset(config, root, resolution))
     options = problems.attempt(lambda: s2i_options(config))

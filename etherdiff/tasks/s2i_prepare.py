@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from etherdiff.control.datasets import Pair
-from etherdiff.families.bases import StableDiffusion, encode_prompts
+from etherdiff.families.sd1 import StableDiffusion, encode_prompts
 from etherdiff.images.crops import resize_and_crop, to_array
 from etherdiff.images.reading import read_image
 from etherdiff.system.devices import DTYPES

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from etherdiff.control.pipeline import HintEncoder
-from etherdiff.families.bases import StableDiffusion, encode_prompts
 from etherdiff.families.sampling import S2I_SAMPLING, chunks, sheet
+from etherdiff.families.sd1 import StableDiffusion, encode_prompts
 from etherdiff.images.crops import resize_and_crop
 from etherdiff.images.png import save_png
 from etherdiff.images.reading import read_image

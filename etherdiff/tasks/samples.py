@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from etherdiff.config import TrainConfig
-from etherdiff.families.bases import StableDiffusion, encode_prompts, make_pipeline
 from etherdiff.families.sampling import PAPER_SAMPLING, chunks, sample, save_images, sheet
+from etherdiff.families.sd1 import StableDiffusion, encode_prompts, make_pipeline
 from etherdiff.images.png import save_png
 from etherdiff.runs.folder import RunFolder
 

@@ -12,7 +12,7 @@ from torch import nn
 from etherdiff.adapters.io import save_adapter
 from etherdiff.adapters.methods import MethodOptions, add_adapter
 from etherdiff.config import TrainConfig
-from etherdiff.families.bases import Base, StableDiffusion
+from etherdiff.families.sd1 import Base, StableDiffusion
 from etherdiff.runs.folder import RunFolder, manifest_of, write_manifest
 from etherdiff.train.batches import StepBatches
 from etherdiff.train.loop import ParameterGroup

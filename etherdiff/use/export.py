@@ -22,7 +22,7 @@ from etherdiff.adapters.io import (
     refuse_inexact_lora,
 )
 from etherdiff.config import ExportOptions
-from etherdiff.families.bases import Base, StableDiffusion, encode_prompts, fingerprint, load_base, make_pipeline
+from etherdiff.families.sd1 import Base, StableDiffusion, encode_prompts, fingerprint, load_base, make_pipeline
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import save_tensors, staged_file, staged_folder
 from etherdiff.use.generate import run_source

@@ -12,8 +12,9 @@ from etherdiff.adapters.io import load_adapters, read_adapter
 from etherdiff.config import GenerateOptions, S2IConfig
 from etherdiff.control.signals import recorded_signal
 from etherdiff.control.signals.signal import Signal
-from etherdiff.families.bases import Base, Parts, find_base, load_base, make_pipeline
+from etherdiff.families.bases import Parts, find_base
 from etherdiff.families.sampling import PAPER_SAMPLING, S2I_SAMPLING, chunks, sample, sheet, slug
+from etherdiff.families.sd1 import Base, load_base, make_pipeline
 from etherdiff.images.png import save_png
 from etherdiff.runs.control import load_hint_encoder, make_s2i_pipeline
 from etherdiff.runs.folder import RunFolder

@@ -39,7 +39,8 @@ from etherdiff.adapters.methods import (
     trainable_parameters,
 )
 from etherdiff.config import InspectOptions
-from etherdiff.families.bases import Base, find_base
+from etherdiff.families.bases import find_base
+from etherdiff.families.sd1 import Base
 from etherdiff.system.errors import Problems, UserError
 from etherdiff.system.terminal import warn
 

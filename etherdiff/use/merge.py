@@ -16,9 +16,8 @@ from torch import Tensor
 from etherdiff.adapters.io import load_adapters, merge_adapter, read_adapter
 from etherdiff.config import MergeOptions
 from etherdiff.control.pipeline import HintEncoder, add_code
-from etherdiff.families.bases import COMPONENTS, Base, encode_prompts, load_base, weight_files
+from etherdiff.families.sd1 import COMPONENTS, Base, encode_prompts, load_base, save_text_encoder, weight_files
 from etherdiff.families.single_file import write_single_file
-from etherdiff.families.text_encoder import save_text_encoder
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import save_tensors, staged_file, staged_folder
 from etherdiff.use.generate import run_source

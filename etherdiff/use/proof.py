@@ -8,7 +8,7 @@ from torch import Tensor
 
 from etherdiff.adapters.io import SavedAdapter
 from etherdiff.control.pipeline import added_hint
-from etherdiff.families.bases import Base, encode_prompts, fingerprint
+from etherdiff.families.sd1 import Base, encode_prompts, fingerprint
 from etherdiff.system.errors import ProofError, UserError
 
 PROOF_PROMPT = "a photo of a dog"

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from etherdiff.families.shipped import shipped_config
-from etherdiff.families.text_encoder import save_text_encoder
+from etherdiff.families.bases import shipped_config
+from etherdiff.families.sd1 import save_text_encoder
 from etherdiff.system.files import save_tensors, staged_folder
 from tiny_world import autoencoder, diffusion
 from tiny_world.autoencoder import train_autoencoder

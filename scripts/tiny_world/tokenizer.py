@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import CLIPTokenizer
 
-from etherdiff.families.shipped import shipped_config
+from etherdiff.families.bases import shipped_config
 from etherdiff.tasks.subjects import LIVE_PROMPTS, OBJECT_PROMPTS, SUBJECT_CLASSES
 from etherdiff.tiny.dreambooth import PROMPTS
 from etherdiff.tiny.world import render_scene

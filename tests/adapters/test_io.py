@@ -21,7 +21,7 @@ from etherdiff.adapters.io import (
     save_adapter,
 )
 from etherdiff.adapters.methods import METHODS, MethodOptions, add_adapter, trainable_parameters
-from etherdiff.families import bases as models
+from etherdiff.families import bases, sd1
 from etherdiff.system.errors import UserError
 
 BASE = {"name": "tiny", "fingerprint": {"unet": "0" * 64}}
@@ -31,7 +31,7 @@ UNSCALED = ["oft", "boft", "hra", "vera"]
 
 @pytest.fixture(scope="module")
 def plain_unet():
-    return models.load_base(models.find_base("tiny")).unet
+    return sd1.load_base(bases.find_base("tiny")).unet
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_importing_io_is_all_that_plain_peft_needs(saved):
         "unet = UNet2DConditionModel.from_pretrained(sys.argv[1], subfolder='unet')\n"
         "PeftModel.from_pretrained(unet, sys.argv[2], torch_device='cpu')"
     )
-    tiny = models.find_base("tiny").folder
+    tiny = bases.find_base("tiny").folder
     subprocess.run([sys.executable, "-c", code, str(tiny), str(saved["naive"][0])], check=True, capture_output=True)
 
 
@@ -152,7 +152,7 @@ def test_a_fully_fine_tuned_unet_can_be_trained_further(saved, unet):
 
 def test_dropout_stays_off_in_an_evaluated_unet(unet, tmp_path):
     save_adapter(make(unet, "ether+", dropout=0.5), tmp_path / "a")
-    fresh = copy.deepcopy(models.load_base(models.find_base("tiny")).unet)
+    fresh = copy.deepcopy(sd1.load_base(bases.find_base("tiny")).unet)
     load_adapter(fresh, tmp_path / "a")
     assert torch.equal(predict(fresh), predict(fresh))
 

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import nn
 
 from etherdiff.control.pipeline import HintEncoder, added_hint
-from etherdiff.families.bases import find_base, load_base
+from etherdiff.families.bases import find_base
+from etherdiff.families.sd1 import load_base
 from etherdiff.runs.control import make_s2i_pipeline
 
 STEPS = 2

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
-from etherdiff.families.bases import find_base, load_base
+from etherdiff.families.bases import find_base
 from etherdiff.families.loss import debiased_weight, denoising_loss, loss_weighting, min_snr_weight
+from etherdiff.families.sd1 import load_base
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])

@@ -15,9 +15,9 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from etherdiff.families.shipped import shipped_config
-from etherdiff.families.single_file import identify_single_file, original_state_dict, write_single_file
-from etherdiff.families.text_encoder import text_encoder_state_dict
+from etherdiff.families.bases import identify_single_file, shipped_config
+from etherdiff.families.sd1 import text_encoder_state_dict
+from etherdiff.families.single_file import original_state_dict, write_single_file
 from etherdiff.system.errors import UserError
 
 COMPONENTS = ("unet", "vae", "text_encoder")

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 from etherdiff.adapters.io import save_adapter
 from etherdiff.adapters.methods import MethodOptions, add_adapter
 from etherdiff.config import DreamBoothConfig
-from etherdiff.families.bases import Base, fingerprint, load_base
 from etherdiff.families.sampling import save_images
+from etherdiff.families.sd1 import Base, fingerprint, load_base
 from etherdiff.images.png import save_png
 from etherdiff.runs.folder import RunFolder, write_settings
 from etherdiff.tasks.subjects import prompts_for

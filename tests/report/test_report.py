@@ -8,7 +8,8 @@ import pytest
 from report_runs import picture, write_curves, write_evaluation, write_run, write_samples
 from test_markup import HOSTILE, Parsed
 
-from etherdiff.families.bases import find_base, load_base
+from etherdiff.families.bases import find_base
+from etherdiff.families.sd1 import load_base
 from etherdiff.images.png import save_png
 from etherdiff.report import write_report
 from etherdiff.report.album import Album

@@ -15,7 +15,8 @@ from synthetic_runs import write_curve, write_run
 from etherdiff.adapters.io import load_adapter, merge_adapter, save_adapter
 from etherdiff.adapters.methods import ATTENTION, MethodOptions, add_adapter, magnitude_config, trainable_parameters
 from etherdiff.config import DreamBoothConfig, InspectOptions
-from etherdiff.families.bases import find_base, load_base
+from etherdiff.families.bases import find_base
+from etherdiff.families.sd1 import load_base
 from etherdiff.results import facts
 from etherdiff.results.facts import FACTS, fact
 from etherdiff.results.runs import collect

@@ -15,7 +15,7 @@ from tiny_world.training import Schedule, train
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from etherdiff.families.shipped import shipped_config
+from etherdiff.families.bases import shipped_config
 from etherdiff.tasks.subjects import SUBJECT_CLASSES, prompts_for
 from etherdiff.tiny import dreambooth
 from etherdiff.tiny.world import CLASSES, render_scene

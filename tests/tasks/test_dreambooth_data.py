@@ -7,7 +7,8 @@ from PIL import Image
 from torch import nn
 
 from etherdiff.config import DreamBoothConfig
-from etherdiff.families.bases import encode_prompts, find_base, load_base
+from etherdiff.families.bases import find_base
+from etherdiff.families.sd1 import encode_prompts, load_base
 from etherdiff.images.crops import resize_and_crop
 from etherdiff.tasks import prepare
 from etherdiff.tasks.dreambooth_data import DreamBoothData, DreamBoothTask, Moments

@@ -13,7 +13,8 @@ from etherdiff.adapters.drift import adapter_drift
 from etherdiff.adapters.io import load_adapter
 from etherdiff.config import PerturbConfig
 from etherdiff.eval.evaluate import find_trained
-from etherdiff.families.bases import find_base, load_base
+from etherdiff.families.bases import find_base
+from etherdiff.families.sd1 import load_base
 from etherdiff.runs.folder import check_result, is_sealed
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError

@@ -10,7 +10,7 @@ from PIL import Image
 from subject_photos import draw_subject
 
 from etherdiff.config import DreamBoothConfig
-from etherdiff.families.bases import make_pipeline
+from etherdiff.families.sd1 import make_pipeline
 from etherdiff.images.png import read_png_settings
 from etherdiff.tasks import prepare
 from etherdiff.tasks.planning import plan_dreambooth

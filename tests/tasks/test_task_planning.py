@@ -72,7 +72,7 @@ def test_the_papers_learning_rate_is_the_default(subject, method, rate):
 
 
 def test_nothing_is_written_or_loaded_by_planning(subject, monkeypatch):
-    monkeypatch.setattr("etherdiff.families.bases.load_base", None)
+    monkeypatch.setattr("etherdiff.families.sd1.load_base", None)
     plan = plan_dreambooth(config(subject))
     assert not plan.output.exists()
 

@@ -22,8 +22,9 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
-from etherdiff.families.bases import find_base, load_base, make_pipeline
+from etherdiff.families.bases import find_base
 from etherdiff.families.sampling import sample
+from etherdiff.families.sd1 import load_base, make_pipeline
 from etherdiff.system.paths import ASSETS
 from etherdiff.tiny.world import CLASSES, render_scene
 

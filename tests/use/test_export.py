@@ -22,8 +22,8 @@ from etherdiff import __version__
 from etherdiff.adapters import io
 from etherdiff.adapters.io import load_adapter, read_adapter, save_adapter
 from etherdiff.adapters.methods import METHODS, MethodOptions, add_adapter, trainable_parameters
-from etherdiff.families import bases as models
-from etherdiff.families.shipped import shipped_config
+from etherdiff.families import bases, sd1
+from etherdiff.families.bases import shipped_config
 from etherdiff.system.errors import ProofError, UserError
 from etherdiff.use import export, merge
 from etherdiff.use.export import export_adapter
@@ -69,18 +69,18 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def base():
-    return models.find_base("tiny")
+    return bases.find_base("tiny")
 
 
 def make_adapter(base, folder, method, seed=0, **options):
     """A saved adapter, every parameter moved well away from where it starts."""
-    model = add_adapter(models.load_base(base).unet, method, MethodOptions(**options))
+    model = add_adapter(sd1.load_base(base).unet, method, MethodOptions(**options))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
             spread = parameter.std() if parameter.numel() > 1 and parameter.std() > 0 else 1.0
             parameter += 0.3 * spread * torch.randn(parameter.shape, generator=generator)
-    save_adapter(model, folder, {"name": base.name, "fingerprint": models.fingerprint(base)})
+    save_adapter(model, folder, {"name": base.name, "fingerprint": sd1.fingerprint(base)})
     return folder
 
 
@@ -241,9 +241,9 @@ def test_a_single_file_gives_the_same_images(base, adapters, adapted_images, tmp
 def test_a_single_file_base_becomes_a_folder(base, adapters, adapted_images, tmp_path):
     config = tmp_path / "config"
     shutil.copytree(base.folder, config, ignore=shutil.ignore_patterns("*.safetensors"))
-    models_ = models.load_base(base)
+    models_ = sd1.load_base(base)
     merge.write_single_file(models_.unet, models_.vae, models_.text_encoder, tmp_path / "base.safetensors")
-    single = models.Base("base.safetensors", config, tmp_path / "base.safetensors")
+    single = sd1.Base("base.safetensors", config, tmp_path / "base.safetensors")
 
     report = merge_to_folder(single, [(adapters["ether+"], 1.0)], tmp_path / "merged")
 
@@ -293,7 +293,7 @@ def cluttered(base, tmp_path):
     ):
         (folder / clutter).touch()
     (folder / "onnx").mkdir()
-    return models.find_base(str(folder))
+    return bases.find_base(str(folder))
 
 
 def test_a_hub_folder_is_copied_without_its_clutter(cluttered, base, adapters, tmp_path):
@@ -327,7 +327,7 @@ def test_weights_that_exist_only_as_a_variant_get_the_plain_name(base, adapters,
     (folder / "vae" / merge.VAE_WEIGHTS).unlink()
     text_weights = folder / "text_encoder/model.safetensors"
     text_weights.rename(text_weights.with_name("model.fp16.safetensors"))
-    merge_to_folder(models.find_base(str(folder)), [(adapters["lora"], 1.0)], tmp_path / "merged")
+    merge_to_folder(bases.find_base(str(folder)), [(adapters["lora"], 1.0)], tmp_path / "merged")
     variant = (folder / "vae/diffusion_pytorch_model.fp16.safetensors").read_bytes()
     assert (tmp_path / "merged/vae" / merge.VAE_WEIGHTS).read_bytes() == variant
     assert files(tmp_path / "merged/text_encoder") == files(base.folder / "text_encoder")
@@ -341,7 +341,7 @@ def test_lora_files_say_what_they_are(outputs, base):
         assert all(file.get_tensor(key).dtype == torch.float32 for key in keys)
     assert metadata["made_by"] == f"etherdiff {__version__}"
     assert metadata["base_model"] == "tiny"
-    assert json.loads(metadata["base_fingerprint"]) == models.fingerprint(base)
+    assert json.loads(metadata["base_fingerprint"]) == sd1.fingerprint(base)
     assert metadata["note"] == "exact only on this base"
     assert all(key.startswith("unet.") and key.endswith((".lora_A.weight", ".lora_B.weight")) for key in keys)
 
@@ -374,7 +374,7 @@ def test_kohya_files_have_sd_scripts_names_and_metadata(outputs):
     ],
 )
 def test_kohya_files_name_the_version_of_their_base(name, prediction_type, version, v2):
-    base = models.Base(name, shipped_config(name), prediction_type=prediction_type)
+    base = sd1.Base(name, shipped_config(name), prediction_type=prediction_type)
     metadata = export._kohya_metadata(base, name, 4)
     assert metadata["ss_base_model_version"] == version
     assert metadata["ss_v2"] == v2
@@ -383,7 +383,7 @@ def test_kohya_files_name_the_version_of_their_base(name, prediction_type, versi
 def test_a_local_bases_path_is_not_published(base, adapters, tmp_path):
     folder = tmp_path / "secret place" / "my base"
     shutil.copytree(base.folder, folder)
-    path = export_adapter(models.find_base(str(folder)), adapters["ether"], tmp_path / "out", "kohya")["path"]
+    path = export_adapter(bases.find_base(str(folder)), adapters["ether"], tmp_path / "out", "kohya")["path"]
     assert b"secret place" not in path.read_bytes()
     assert b"my base" in path.read_bytes()
 
@@ -447,13 +447,13 @@ def test_an_empty_output_folder_is_used(base, adapters, tmp_path):
 def test_an_adapter_of_another_base_is_not_exported(base, adapters, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(base.folder, other)
-    unet = models.load_base(base).unet
+    unet = sd1.load_base(base).unet
     torch.nn.init.zeros_(unet.conv_in.weight)
     unet.save_pretrained(other / "unet")
     with pytest.raises(UserError, match="was trained on tiny, whose UNet is not that of"):
-        export_adapter(models.find_base(str(other)), adapters["ether"], tmp_path / "out", "lora")
+        export_adapter(bases.find_base(str(other)), adapters["ether"], tmp_path / "out", "lora")
     assert not (tmp_path / "out").exists()
-    merged = merge_to_folder(models.find_base(str(other)), [(adapters["ether"], 1.0)], tmp_path / "merged")
+    merged = merge_to_folder(bases.find_base(str(other)), [(adapters["ether"], 1.0)], tmp_path / "merged")
     assert merged["same_base"] is False  # allowed, and said
 
 

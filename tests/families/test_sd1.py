@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from etherdiff.families.text_encoder import save_text_encoder, text_encoder_state_dict
+from etherdiff.families.sd1 import save_text_encoder, text_encoder_state_dict
 
 
 def tiny_config():

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from etherdiff.families.shipped import ASSETS, shipped_config
+from etherdiff.families.bases import ASSETS, find_base, shipped_config
 from etherdiff.system.errors import UserError
 
 PROMPTS = [
@@ -112,3 +112,9 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("ETHERDIFF_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="ETHERDIFF_CACHE"):
         shipped_config("sd15")
+
+
+@pytest.mark.parametrize(("resolution", "fits"), [(64, True), (16, True), (72, False), (0, False), (-16, False)])
+def test_a_resolution_fits_the_base_or_the_reason_is_given(resolution, fits):
+    problems = find_base("tiny").resolution_problems(resolution)
+    assert problems == ([] if fits else [f"resolution: must be a multiple of 16 for this base, not {resolution}"])
