@@ -94,7 +94,7 @@ def _download(repo: str, parts: Parts) -> Path:
         repo,
         HUB_FILES[parts],
         ignored=UNUSED_FILES,
-        what=f"base {repo} is no folder and no .safetensors file here, and could not be fetched from the hub",
+        what=f"base {repo} is neither a folder nor a .safetensors file here, and could not be fetched from the hub",
         instead="Without a network, give a folder or a file, or --base tiny.",
     )
 
@@ -234,4 +234,4 @@ def _not_safetensors(path: Path, start: bytes) -> str:
 
 def _truncated(path: Path) -> str:
     size = path.stat().st_size
-    return f"{path} is truncated, or was changed: its {size} bytes are not those of the tensors that its header lists. Download it again."
+    return f"{path} is truncated, or was changed: its {size} bytes are not those that its header lists. Download it again."
