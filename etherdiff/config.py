@@ -354,7 +354,7 @@ class PlotOptions(ResultOptions):
     """What a figure shows."""
 
     x: str = Field(description="a configuration key with numbers, such as learning_rate; or step")
-    y: tuple[str, ...] = Field(min_length=1, description="a score or a fact; repeat for a panel each")
+    y: tuple[str, ...] = Field(description="a score or a fact; repeat for a panel each")
     output: Path = Field(description="the picture: a .png or .svg file")
     lines: Listed[tuple[str, ...]] = Field(("method",), description="a line for each value of these keys, separated by commas")
     title: str | None = Field(None, description="title above the picture")

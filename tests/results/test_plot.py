@@ -39,7 +39,7 @@ def sweep(tmp_path):
 
 
 def figure(path, **options):
-    return make_figure([path], PlotOptions(**({"x": "learning_rate", "y": ("dino",)} | options)))
+    return make_figure([path], PlotOptions(**({"x": "learning_rate", "y": ("dino",), "output": "figure.png"} | options)))
 
 
 def test_a_point_is_a_row_of_the_table(sweep):
