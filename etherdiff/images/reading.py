@@ -1,16 +1,21 @@
 """Read photos as a viewer shows them: upright, in sRGB, on white; refuse what cannot be used, with the reason."""
 
 import contextlib
+import hashlib
 import io
+import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from etherdiff.system.errors import UserError
+from etherdiff.system.terminal import warn
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif",
@@ -31,6 +36,12 @@ _SIGNATURES = (
 )
 _HEIC_SIGNATURE = rb"....ftyp(hei|hev|mif1|msf1)"
 _PAGED_FORMATS = ("MPO", "TIFF")  # further frames are thumbnails or pages: a viewer shows the first
+_WHITES = (255, 1023, 4095, 16383, 65535)  # of 8, 10, 12, 14 and 16 bits
+_DARK = 16  # of 255
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
+_BITS, _PHOTOMETRIC, _MAX_SAMPLE = 258, 262, 281  # TIFF tags
+_SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "$recycle.bin"}
 
 
 class UnreadableImage(UserError, ValueError):  # noqa: N818 - reads as what it says of the file
@@ -42,34 +53,85 @@ class UnreadableImage(UserError, ValueError):  # noqa: N818 - reads as what it s
         super().__init__(f"{path}: {why}")
 
 
+@dataclass(frozen=True)
+class Photos:
+    """Image files that can be read. Their pixels are not kept: photos take 36 MB each, and are needed one at a time."""
+
+    paths: tuple[Path, ...]
+    digests: tuple[str, ...]
+    """Digest of each image's pixels."""
+    digest: str
+    """Digest of all pixels: what the images show, whatever their files are called."""
+
+
 def list_images(folder: Path) -> list[Path]:
     """Return the image files (by suffix) directly in `folder`, in natural order: 2.jpg before 10.jpg.
 
     Hidden files and folders are left out. A broken link stays, so that reading it gives the reason.
     """
-    found = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."]
+    found = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path)]
     return sorted((path for path in found if path.is_file() or _is_broken_link(path)), key=_natural_order)
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a system keeps this for itself: .DS_Store, ._photo.jpg, Thumbs.db, desktop.ini, and other hidden files."""
+    return path.name.startswith(".") or path.name.casefold() in _SYSTEM_NAMES
+
+
+def describe_left_out(folder: Path, used: Iterable[str] = ()) -> str:
+    """Say what `list_images` leaves out of a folder: "1 .DNG file, 1 folder with 4 images". Empty if that is nothing.
+
+    used: names of what is used for something else.
+    """
+    stems = {path.stem for path in list_images(folder)}
+    others = [path for path in folder.iterdir() if path.suffix.lower() not in IMAGE_SUFFIXES or path.is_dir()]
+    others = [path for path in others if path.name not in used and not (path.is_dir() and not count_images(path))]
+    captions = [path for path in others if path.suffix.lower() in (".txt", ".caption") and path.stem in stems]
+    found = describe_files([path for path in others if path not in captions])
+    if captions:
+        beside = f"{len(captions)} caption{'s' * (len(captions) > 1)} beside images"
+        found = f"{found}, {beside}" if found else beside
+    return found
+
+
+def describe_files(paths: Iterable[Path]) -> str:
+    """Count files by suffix, and folders with the images in them: "2 .txt files, 1 folder with 4 images"."""
+    seen = [path for path in paths if not is_hidden(path)]
+    folders = [path for path in seen if path.is_dir()]
+    kinds = Counter(f"{path.suffix} file" if path.suffix else "file without suffix" for path in seen if path not in folders)
+    named = [f"{count} {kind.replace('file', 'files') if count > 1 else kind}" for kind, count in sorted(kinds.items())]
+    if folders:
+        images = sum(map(count_images, folders))
+        inside = f" with {images} image{'s' * (images > 1)}" if images else ""
+        named.append(f"{len(folders)} folder{'s' * (len(folders) > 1)}{inside}")
+    return ", ".join(named)
+
+
+def count_images(folder: Path) -> int:
+    """Count the image files (by suffix) in `folder` and below; hidden ones are not counted."""
+    count = 0
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not is_hidden(Path(name))]
+        count += sum(Path(place, name).suffix.lower() in IMAGE_SUFFIXES and not is_hidden(Path(name)) for name in files)
+    return count
 
 
 def read_image(path: Path) -> Image.Image:
     """Return the image as a viewer shows it, in mode RGB (8 bits, sRGB).
 
-    EXIF orientation and an embedded ICC profile are applied, transparency is laid on white, 16-bit grey is divided by
-    257, float grey is taken as 0..1 (or 0..255 when it goes beyond 1).
+    EXIF orientation and an embedded ICC profile are applied, and transparency is laid on white. Grey of more than 8 bits
+    is scaled where it is clear which value is white. JPEGs too large for Pillow are read at half their size.
 
     Raises:
-        UnreadableImage: missing, empty, truncated, damaged, not an image, animated, or a decompression bomb.
+        UnreadableImage: missing, empty, truncated, damaged, not an image, animated, too large, or grey of an unclear range.
     """
     path = Path(path)
     try:
         _refuse_what_is_no_file(path)
-        with _strict_pillow(), _open(path) as image:
-            image.load()
-            return _to_rgb(_upright(image))
+        with _strict_pillow():
+            return _read(path)
     except _RefusedError as error:
         raise UnreadableImage(path, str(error)) from error
-    except Image.DecompressionBombError as error:
-        raise UnreadableImage(path, f"decompression bomb: {_size_text(path)}") from error
     except UnidentifiedImageError as error:
         raise UnreadableImage(path, _why_unidentified(path)) from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
@@ -103,6 +165,56 @@ def read_images(
         for skipped in bad:
             on_skip(skipped)
     return images
+
+
+def read_photos(paths: Iterable[Path], skip_bad: bool = False) -> Photos:
+    """Read all images by `read_image`, one at a time; warn of those that come out nearly black.
+
+    Args:
+        skip_bad: leave unreadable files out, with a warning, instead of raising.
+
+    Raises:
+        UserError: naming every unreadable file and its reason; or no image is left.
+    """
+    found: list[Path] = []
+    digests: list[str] = []
+    bad: list[UnreadableImage] = []
+    total = hashlib.sha256()
+    for path in paths:
+        try:
+            image = read_image(path)
+        except UnreadableImage as error:
+            bad.append(error)
+            continue
+        if is_nearly_black(image):
+            warn(f"{path}: is nearly black as it is read; if a viewer shows more, save it anew with 8 bits")
+        found.append(path)
+        digests.append(pixels_digest(image))
+        total.update(_content(image))
+    if bad and not skip_bad:
+        count = f"{len(bad)} of {len(bad) + len(found)} images cannot be read"
+        raise UserError([f"{count}: remove them or pass --skip-bad", *map(str, bad)])
+    if not found:
+        raise UserError(["no readable image is left", *map(str, bad)])
+    for skipped in bad:
+        warn(f"left out: {skipped}")
+    return Photos(tuple(found), tuple(digests), total.hexdigest())
+
+
+def pixels_digest(image: Image.Image) -> str:
+    """Return a digest of what an image shows."""
+    return hashlib.sha256(_content(image)).hexdigest()
+
+
+def is_nearly_black(image: Image.Image) -> bool:
+    """Whether in each channel of an RGB image all pixels but one in a thousand are below 16 of 255."""
+    levels = image.histogram()
+    bright = max(sum(levels[256 * channel + _DARK : 256 * (channel + 1)]) for channel in range(3))
+    return bright <= image.width * image.height / 1000
+
+
+def _content(image: Image.Image) -> bytes:
+    return repr(image.size).encode() + image.tobytes()
 
 
 class _RefusedError(ValueError):
@@ -147,9 +259,32 @@ def _formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-def _open(path: Path) -> Image.Image:
-    """The opened, not yet decoded file, if it is a still image of a format we take."""
-    image = Image.open(path, formats=_formats())
+def _read(path: Path) -> Image.Image:
+    """Decode the file; a PNG that cannot be decoded as it is, without the text in it."""
+    try:
+        return _decode(path)
+    except (_RefusedError, PermissionError):
+        raise
+    except Exception:  # Pillow's decoders raise nearly anything
+        pixels = _without_text(path)
+        if pixels is None:
+            raise
+        return _decode(pixels)
+
+
+def _decode(file: Path | io.BytesIO) -> Image.Image:
+    with _open(file) as image:
+        image.load()
+        return _to_rgb(_upright(image), _declared_white(image), _is_negative(image))
+
+
+def _open(file: Path | io.BytesIO) -> Image.Image:
+    """Return the opened, not yet decoded file, if it is a still image of a format we take and small enough."""
+    try:
+        image = Image.open(file, formats=_formats())
+    except Image.DecompressionBombError as error:
+        (pixels,) = re.findall(r"\((\d+) pixels\)", str(error))
+        return _open_shrunk(file, int(pixels))
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format not in _PAGED_FORMATS:
         image.close()
@@ -157,15 +292,31 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
-def _size_text(path: Path) -> str:
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with Image.open(path, formats=_formats()) as image:  # reads the header only
-            return f"{image.width} x {image.height} pixels"
-    except Exception:  # what is behind the size that was refused can be damaged in any way
-        return "too many pixels"
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+def _open_shrunk(file: Path | io.BytesIO, pixels: int) -> Image.Image:
+    """Return a JPEG too large for Pillow, of at most twice as many pixels, to be decoded at half its size."""
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    with contextlib.suppress(SyntaxError):  # another format, which would have to be decoded whole
+        image = JpegImagePlugin.JpegImageFile(file)  # does not look at the number of pixels
+        limit *= 2
+        if pixels <= limit:
+            image.draft(None, (image.width // 2, image.height // 2))
+            return image
+        image.close()
+    raise _RefusedError(f"too large: {pixels:,} pixels, and {limit:,} can be read; scale it down")
+
+
+def _without_text(path: Path) -> io.BytesIO | None:
+    """Return a PNG without its text, of which Pillow takes a megabyte. None if it is no PNG, or there is no text in it."""
+    content = path.read_bytes()
+    if not content.startswith(_PNG_SIGNATURE):
+        return None
+    kept, start = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
+    while start < len(content):
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        if content[start + 4 : start + 8] not in _PNG_TEXT:
+            kept.append(content[start:end])
+        start = end
+    return io.BytesIO(b"".join(kept)) if sum(map(len, kept)) < len(content) else None
 
 
 def _why_unidentified(path: Path) -> str:
@@ -195,32 +346,58 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _declared_white(image: Image.Image) -> float | None:
+    """Return the value of white where the file of a grey image of more than 8 bits says it."""
+    if image.format == "PNG":
+        return 65535  # its standard has samples of fewer bits scaled up
+    if image.format != "TIFF" or image.mode == "F":
+        return None
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    bits = tags.get(_BITS, (16,))[0]
+    return tags[_MAX_SAMPLE][0] if _MAX_SAMPLE in tags else 2**bits - 1 if bits < 16 else None
+
+
+def _is_negative(image: Image.Image) -> bool:
+    """Whether 0 is white in a grey TIFF of more than 8 bits; Pillow has turned around those of fewer."""
+    return image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0  # type: ignore[attr-defined]
+
+
+def _to_rgb(image: Image.Image, white: float | None, negative: bool) -> Image.Image:
     """Any of Pillow's modes as RGB: 8 bits, sRGB, transparency laid on white."""
     profile = image.info.get("icc_profile")
-    image = _to_8_bits(image)
+    if image.mode.startswith(("I", "F")):
+        image = _to_8_bits(image, white, negative)
     if not image.has_transparency_data:
         return _to_srgb(image, profile)
     colours = image.getchannel("L") if image.mode == "LA" else image.convert("RGBA").convert("RGB")
     opacity = image.convert("RGBA").getchannel("A")
-    white = Image.new("RGB", image.size, "white")
-    return Image.composite(_to_srgb(colours, profile), white, opacity)
+    ground = Image.new("RGB", image.size, "white")
+    return Image.composite(_to_srgb(colours, profile), ground, opacity)
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
+def _to_8_bits(image: Image.Image, white: float | None, negative: bool) -> Image.Image:
     """16-bit, 32-bit and float grey as L, or as LA where one grey level is declared transparent."""
-    if not image.mode.startswith(("I", "F")):
-        return image
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
-    white = (1.0 if high <= 1 else 255.0) if image.mode == "F" else 65535.0
-    if not 0 <= low <= high <= white:  # also when they are NaN
-        raise _RefusedError(f"its values go from {low:g} to {high:g}; rescale it to 8 bits")
-    grey = Image.fromarray(np.rint(values.astype(np.float64) * (255 / white)).astype(np.uint8))
+    white = white or _clear_white(image.mode, high)
+    if white is None or not 0 <= low <= high <= white:  # also when they are NaN
+        raise _RefusedError(f"its values go from {low:g} to {high:g}, and which is white is not clear; rescale it to 8 bits")
+    levels = np.rint(values.astype(np.float64) * (255 / white)).astype(np.uint8)
+    grey = Image.fromarray(255 - levels if negative else levels)
     clear = image.info.get("transparency")
     if clear is not None:
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     return grey
+
+
+def _clear_white(mode: str, high: float) -> float | None:
+    """Return the value of white, if the brightest value `high` makes it clear.
+
+    Half of white is bright enough for floats. Integers of 16 bits may hold fewer: their white is met exactly, or is 65535.
+    """
+    if mode == "F":
+        return 1 if high <= 1 else 255 if high > 127 else None
+    return high if high in _WHITES else 65535 if high == 0 or high > _WHITES[-2] else None
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

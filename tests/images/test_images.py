@@ -1,22 +1,33 @@
 """Images in and out, against pixels computed here without Pillow's conversions."""
 
+import hashlib
 import io
 import json
 import os
 import stat
 import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, ImageFile
+from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 
 from etherdiff.images.crops import resize_and_crop, to_array
 from etherdiff.images.png import read_png_settings, save_png
-from etherdiff.images.reading import IMAGE_SUFFIXES, UnreadableImage, list_images, read_image, read_images
+from etherdiff.images.reading import (
+    IMAGE_SUFFIXES,
+    UnreadableImage,
+    describe_left_out,
+    list_images,
+    pixels_digest,
+    read_image,
+    read_images,
+    read_photos,
+)
 from etherdiff.images.sheets import MIN_CELL, PADDING, contact_sheet
 from etherdiff.system.errors import UserError
 
@@ -141,6 +152,70 @@ def test_values_no_viewer_agrees_on_are_refused(tmp_path, values):
     Image.fromarray(np.array([values], np.float32)).save(tmp_path / "x.tif")
     with pytest.raises(UnreadableImage, match="rescale it to 8 bits"):
         read_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("white", [255, 1023, 4095, 16383, 65535])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_integers_of_fewer_bits_than_their_file_has_are_not_black(tmp_path, white, dtype):
+    shares = np.linspace(0, 1, 256).reshape(8, 32)
+    Image.fromarray((shares * white).astype(dtype)).save(tmp_path / "x.tif")
+    np.testing.assert_allclose(pixels(tmp_path / "x.tif")[..., 0], shares * 255, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "named"),
+    [
+        ([0, 1.05], np.float32, "0 to 1.05"),
+        ([0, 127], np.float32, "0 to 127"),
+        ([0, 256], np.float32, "0 to 256"),
+        ([0, 254], np.uint16, "0 to 254"),
+        ([7, 4000], np.uint16, "7 to 4000"),
+        ([0, 16384 - 2], np.int32, "0 to 16382"),
+        ([0, 70000], np.int32, "0 to 70000"),
+        ([-1, 255], np.int32, "-1 to 255"),
+    ],
+)
+def test_a_range_that_does_not_say_what_is_white_is_refused_by_name(tmp_path, values, dtype, named):
+    Image.fromarray(np.array([values], dtype)).save(tmp_path / "x.tif")
+    assert f"its values go from {named}," in why(tmp_path / "x.tif")
+
+
+def test_a_file_may_say_what_is_white(tmp_path):
+    ramp = np.arange(4000, dtype=np.uint16).reshape(40, 100)
+    Image.fromarray(ramp).save(tmp_path / "x.tif", tiffinfo={281: 4095})  # MaxSampleValue
+    np.testing.assert_array_equal(pixels(tmp_path / "x.tif")[..., 0], np.rint(ramp * (255 / 4095)))
+    Image.fromarray(ramp).save(tmp_path / "x.png")  # whose samples are scaled up to 16 bits
+    np.testing.assert_array_equal(pixels(tmp_path / "x.png")[..., 0], np.rint(ramp / 257))
+
+
+@pytest.mark.parametrize(("dtype", "white"), [(np.uint16, 65535), (np.float32, 1)])
+def test_greys_of_which_0_is_white(tmp_path, dtype, white):
+    shares = np.linspace(0, 1, 256).reshape(8, 32)
+    Image.fromarray((shares * white).astype(dtype)).save(tmp_path / "x.tif", tiffinfo={262: 0})  # PhotometricInterpretation
+    np.testing.assert_allclose(pixels(tmp_path / "x.tif")[..., 0], 255 - shares * 255, atol=1)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("international", [True, False])
+def test_a_png_with_megabytes_of_text_in_it_is_read(tmp_path, compressed, international):
+    text = PngImagePlugin.PngInfo()
+    add = text.add_itxt if international else text.add_text
+    for number in range(1 if compressed else 70):  # Pillow takes 1 MB of compressed text, and 64 MB of any
+        add(f"workflow {number}", "x" * 1_050_000, zip=compressed)
+    Image.fromarray(noise()).save(tmp_path / "x.png", pnginfo=text)
+    np.testing.assert_array_equal(pixels(tmp_path / "x.png"), noise())
+
+
+def test_text_after_the_pixels_and_damaged_text_do_not_matter_to_them(tmp_path):
+    Image.fromarray(noise()).save(tmp_path / "x.png")
+    content = (tmp_path / "x.png").read_bytes()
+    end = len(content) - 12  # before IEND
+    deflated = zlib.compress(b"x" * 3_000_000)
+    for kind, data in ((b"zTXt", b"workflow\0\0" + deflated), (b"zTXt", b"workflow\0\7" + deflated)):
+        chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for place in (33, end):  # after IHDR
+            (tmp_path / "x.png").write_bytes(content[:place] + chunk + content[place:])
+            np.testing.assert_array_equal(pixels(tmp_path / "x.png"), noise())
 
 
 def test_alpha_is_laid_on_white(tmp_path):
@@ -338,7 +413,7 @@ def test_animations_are_refused(tmp_path, format_name):
 def test_decompression_bombs_are_refused_with_their_size(tmp_path, monkeypatch):
     Image.new("1", (300, 200)).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 29_999)
-    assert why(tmp_path / "x.png") == "decompression bomb: 300 x 200 pixels"
+    assert why(tmp_path / "x.png") == "too large: 60,000 pixels, and 59,998 can be read; scale it down"
     assert Image.MAX_IMAGE_PIXELS == 29_999
 
 
@@ -349,6 +424,26 @@ def test_large_photos_are_read_without_a_warning(tmp_path, monkeypatch):
         warnings.simplefilter("always")
         assert read_image(tmp_path / "x.png").size == (300, 200)
     assert not caught
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpegs_too_large_for_pillow_are_read_at_half_their_size(tmp_path, monkeypatch, mode):
+    blocks = Image.fromarray(np.kron(noise(4, 6), np.ones((32, 32, 1), np.uint8))).convert(mode)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 8
+    blocks.save(tmp_path / "x.jpg", quality=100, subsampling=0, exif=exif)
+    whole = read_image(tmp_path / "x.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", whole.width * whole.height // 4)
+    half = read_image(tmp_path / "x.jpg")
+    assert half.size == (whole.width // 2, whole.height // 2)
+    np.testing.assert_allclose(np.asarray(half.reduce(16), float), np.asarray(whole.reduce(32), float), atol=2)
+
+
+def test_jpegs_of_more_than_twice_the_pixels_stay_bombs(tmp_path, monkeypatch):
+    Image.new("L", (300, 200)).save(tmp_path / "x.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 14_999)
+    assert why(tmp_path / "x.jpg") == "too large: 60,000 pixels, and 59,996 can be read; scale it down"
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read every file")
@@ -395,6 +490,58 @@ def test_no_image_left_is_an_error(mixed_folder):
         read_images([mixed_folder / "2.png"], skip_bad=True)
     with pytest.raises(UserError, match="no readable image"):
         read_images([])
+
+
+# Reading photos one at a time
+
+
+def test_photos_are_told_apart_by_their_pixels_and_none_is_kept(mixed_folder, capsys):
+    with pytest.raises(UserError, match="3 of 5 images cannot be read"):
+        read_photos(list_images(mixed_folder))
+    photos = read_photos(list_images(mixed_folder), skip_bad=True)
+    assert [path.name for path in photos.paths] == ["1.png", "4.png"]
+    red, blue = (read_image(path) for path in photos.paths)
+    assert photos.digests == (pixels_digest(red), pixels_digest(blue))
+    assert photos.digest == hashlib.sha256(b"(4, 4)" + red.tobytes() + b"(4, 4)" + blue.tobytes()).hexdigest()
+    said = capsys.readouterr().err
+    assert [name for name in ("1.png", "2.png", "3.png", "4.png", "5.png") if name in said] == ["2.png", "3.png", "5.png"]
+
+
+def test_photos_that_come_out_nearly_black_are_warned_of(tmp_path, capsys):
+    dark = np.full((100, 100, 3), 15, np.uint8)
+    dark[0, :10] = 255
+    Image.fromarray(dark).save(tmp_path / "dark.png")
+    Image.fromarray(dark.clip(0, 14) + np.array([0, 0, 3], np.uint8)).save(tmp_path / "blue.png")
+    dark[1, 0] = 255
+    Image.fromarray(dark).save(tmp_path / "stars.png")
+    read_photos(list_images(tmp_path))
+    said = capsys.readouterr().err
+    assert "dark.png: is nearly black" in said
+    assert "blue.png" not in said
+    assert "stars.png" not in said
+
+
+# What is left out
+
+
+def test_what_is_left_out_of_a_folder_is_counted(tmp_path):
+    for name in ("0.png", "1.png", "a.jxl", "b.DNG", "c.jpg_large", "noext", "d.jp2", "e.jp2", "0.txt", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    for name in ("more/deep/0.png", "more/1.JPG", "held_out/0.png", "empty/0.md", "more/.hidden/0.png", "more/._1.JPG"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert describe_left_out(tmp_path, ["held_out"]) == (
+        "1 .DNG file, 2 .jp2 files, 1 .jpg_large file, 1 .jxl file, 1 .txt file, 1 file without suffix, "
+        "1 folder with 2 images, 1 caption beside images"
+    )
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "desktop.ini", "._0.png", ".thumbs/0.png", "@eaDir/0.png"])
+def test_what_systems_keep_for_themselves_is_no_image_and_not_left_out(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"x")
+    assert list_images(tmp_path) == []
+    assert describe_left_out(tmp_path) == ""
 
 
 # Resizing
