@@ -36,6 +36,8 @@ class Draw(IntEnum):
 
 def generator(seed: int, draw: Draw, step: int, index: int) -> np.random.Generator:
     """The stream of numbers for one purpose, step and sample; seed in [0, 2**64)."""
+    if min(seed, step, index) < 0:  # numpy 1 would count from 2**64 down
+        raise ValueError(f"no random numbers at seed {seed}, step {step}, index {index}: one is negative")
     key = np.array([seed, draw], dtype=np.uint64)
     counter = np.array([0, 0, index, step], dtype=np.uint64)  # the first two words count within the stream
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
