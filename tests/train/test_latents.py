@@ -135,7 +135,7 @@ def test_a_finished_cache_may_be_read_only(vae, monkeypatch):
     def refuse(path):
         raise PermissionError(path)
 
-    monkeypatch.setattr(latents, "turn", refuse)
+    monkeypatch.setattr(latents, "wait_for_lock", refuse)
     assert np.array_equal(store(vae).moments, whole)
 
 
