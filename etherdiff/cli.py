@@ -421,7 +421,7 @@ def main() -> None:
         _print_once([str(stop)])
         sys.exit(128 + stop.number)
     except Exception as error:
-        from etherdiff.runs.faults import machine_fault
+        from etherdiff.system.faults import machine_fault
 
         if (fault := machine_fault(error)) is None:
             raise

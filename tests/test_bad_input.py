@@ -23,7 +23,7 @@ from etherdiff.families.bases import find_base
 from etherdiff.families.sd1 import load_base
 from etherdiff.run import train_dreambooth
 from etherdiff.system.errors import UserError
-from etherdiff.tasks.planning import plan_dreambooth
+from etherdiff.tasks.dreambooth import plan_dreambooth
 from etherdiff.tiny import tiny_folder
 from etherdiff.use.generate import generate
 

@@ -23,7 +23,7 @@ from etherdiff.runs.folder import RunFolder
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 from etherdiff.train import recorder as recorder_module
-from etherdiff.train.resuming import restore_best
+from etherdiff.train.resume import restore_best
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CURVE = {

@@ -18,9 +18,9 @@ from etherdiff import cli
 from etherdiff.eval import evaluate as module
 from etherdiff.eval import protocol
 from etherdiff.eval.evaluate import EvalOptions, beside_the_paper, evaluate, plan_evaluation, render
-from etherdiff.eval.protocol import EvalPrompt, make_prompts
 from etherdiff.images.png import read_png_settings
 from etherdiff.system.errors import UserError
+from etherdiff.tasks.subjects import EvalPrompt, make_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPTS = ["a {identifier} {class_noun} in the snow", "a red sks ball"]

@@ -42,9 +42,10 @@ from etherdiff.system.files import remove_temporary, staged_folder, temporary_pa
 from etherdiff.system.locks import LOCK, run_lock
 from etherdiff.system.terminal import console
 from etherdiff.tasks import samples as samples_module
-from etherdiff.tasks.dreambooth_data import DreamBoothData, DreamBoothTask
+from etherdiff.tasks.task import DenoisingLoss
 from etherdiff.train import loop as loop_module
 from etherdiff.train import recorder as recorder_module
+from etherdiff.train.batches import StepBatches
 from etherdiff.use.generate import run_source
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("another_process")]
@@ -350,7 +351,7 @@ def test_damaged_checkpoints_do_not_push_out_the_whole_ones(whole, copy):
 
 def poison(monkeypatch, step: int) -> None:
     """One image's noise is NaN at a step."""
-    batches = DreamBoothData.batches
+    batches = StepBatches.batches
 
     def poisoned(self, at, *rest):
         made = batches(self, at, *rest)
@@ -359,7 +360,7 @@ def poison(monkeypatch, step: int) -> None:
             made[-1]["noise"][0, 0, 0, 0] = float("nan")
         return made
 
-    monkeypatch.setattr(DreamBoothData, "batches", poisoned)
+    monkeypatch.setattr(StepBatches, "batches", poisoned)
 
 
 def is_known_to_have_diverged(run: Path) -> bool:
@@ -433,7 +434,7 @@ def test_out_of_memory_says_what_to_change(kind, tmp_path, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return torch.empty(2**55) if kind == "torch's allocator" else bytearray(2**60)
 
-    monkeypatch.setattr(DreamBoothTask, "forward", too_much)
+    monkeypatch.setattr(DenoisingLoss, "forward", too_much)
     with pytest.raises(RunError) as caught:
         train_dreambooth(small_config(tmp_path / "run", batch_size=4))
     for part in (

@@ -6,7 +6,7 @@ from PIL import Image
 
 from etherdiff.config import DreamBoothConfig, GenerateOptions
 from etherdiff.run import train_dreambooth
-from etherdiff.tasks.planning import plan_dreambooth
+from etherdiff.tasks.dreambooth import plan_dreambooth
 from etherdiff.use.generate import generate
 
 NOUNS = {"backpack": "backpack", "cat": "cat", "dog": "dog", "rc_car": "toy", "teapot": "teapot"}

@@ -23,7 +23,7 @@ from etherdiff.run import resume, train_s2i
 from etherdiff.runs.control import load_control_run
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
-from etherdiff.tasks.s2i_prepare import as_tensor
+from etherdiff.tasks.samples import as_tensor
 from etherdiff.use.dryrun import dry_run
 from etherdiff.use.export import export_adapter
 from etherdiff.use.generate import generate, run_source
@@ -293,8 +293,7 @@ def test_subjects_cannot_be_trained_with_none():
 
 
 def test_an_encoder_is_drawn_from_the_seed_alone(run):
-    from etherdiff.tasks.s2i import make_hint_encoder
-    from etherdiff.tasks.s2i_plan import plan_s2i
+    from etherdiff.tasks.s2i import make_hint_encoder, plan_s2i
 
     config = Run.open(run).config
     plan = plan_s2i(config, resuming=True)

@@ -19,8 +19,7 @@ from etherdiff.config import METHOD_NAMES, DreamBoothConfig, PerturbConfig, S2IC
 from etherdiff.families.bases import find_base
 from etherdiff.sweeps.spec import Sweep, Variant, read_sweep
 from etherdiff.system.errors import UserError
-from etherdiff.tasks.planning import method_options, try_adapter
-from etherdiff.tasks.s2i_plan import s2i_options
+from etherdiff.tasks.planning import check_options, method_options, try_adapter
 from etherdiff.tasks.subjects import SUBJECT_CLASSES
 from etherdiff.tiny.subjects import SUBJECTS
 
@@ -84,7 +83,7 @@ def test_every_adapter_of_the_tiny_sweeps_fits():
         if isinstance(config, PerturbConfig):
             wanted[config.method, MethodOptions(TARGETS[config.targets], config.blocks)].add(config.distance)
         elif config.method == "none":
-            s2i_options(config)
+            check_options(config)
         else:
             wanted[config.method, method_options(config)].add(None)
     for (method, options), distances in wanted.items():

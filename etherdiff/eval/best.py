@@ -18,7 +18,6 @@ from torch import nn
 from etherdiff.adapters.io import save_adapter
 from etherdiff.config import DreamBoothConfig
 from etherdiff.eval.networks import PRESETS, Backbone, choose_preset, find_backbones
-from etherdiff.eval.protocol import EvalPrompt, make_prompts
 from etherdiff.eval.scores import PromptImages, Scoring, score_images
 from etherdiff.families.sampling import PAPER_SAMPLING, sample, slug
 from etherdiff.families.sd1 import StableDiffusion, encode_prompts, make_pipeline
@@ -28,8 +27,8 @@ from etherdiff.system.errors import UserError
 from etherdiff.system.files import staged_folder, write_json
 from etherdiff.system.hub import find_cached
 from etherdiff.system.terminal import say
-from etherdiff.tasks.planning import DreamBoothPlan
-from etherdiff.tasks.subjects import find_subject, prompts_for
+from etherdiff.tasks.dreambooth import DreamBoothPlan, MakeScorer
+from etherdiff.tasks.subjects import EvalPrompt, make_prompts, prompts_for
 
 METRICS = ("dino", "clip_t")
 ROLES = ("dino", "clip")
@@ -48,6 +47,14 @@ def find_networks(config: DreamBoothConfig) -> dict[str, Backbone] | None:
     if config.eval_scores == "off" or (config.eval_scores == "auto" and not _at_hand(preset)):
         return None
     return find_backbones(ROLES, preset, device=config.device)
+
+
+def find_scorer(config: DreamBoothConfig) -> MakeScorer | None:
+    """Return what makes the scorer of a run; None where nothing scores. UserError as `find_networks`."""
+    networks = find_networks(config)
+    if networks is None:
+        return None
+    return lambda plan, model, base: StepScorer(plan, model, networks, base)
 
 
 def _at_hand(preset: str) -> bool:
@@ -80,7 +87,7 @@ class StepScorer:
         config = plan.config
         self.run, self.model, self.backbones, self.base = RunFolder(plan.output), model, backbones, dict(base)
         self.resolution = plan.base.resolution
-        self.subject = find_subject(config.subject, config.data_root)
+        self.subject = plan.subject
         self.prompts = curve_prompts(config)
         # one by one: what is computed together decides the last bits, and a resumed run finds some of it in the cache
         self.scoring = Scoring(metrics=METRICS, device=config.device, batch_size=1, workers=0)
@@ -106,6 +113,10 @@ class StepScorer:
         scores = {"dino": round(found["scores"][self.dino]["mean"], 6), "clip_t": round(found["scores"]["clip_t"]["mean"], 6)}
         self._keep_if_best(step, scores)
         return scores
+
+    def conclude(self) -> None:
+        """Say which step is best."""
+        say_best(self.run)
 
     @torch.no_grad()
     def _draw(self, step: int) -> list[PromptImages]:

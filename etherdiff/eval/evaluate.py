@@ -34,7 +34,6 @@ from etherdiff.eval.protocol import (
     batches,
     draw,
     found_images,
-    make_prompts,
     read_sets,
     why_not_these,
     write_set,
@@ -47,15 +46,13 @@ from etherdiff.report.reporting import show_report
 from etherdiff.runs.folder import RunFolder, check_result
 from etherdiff.runs.run import Run
 from etherdiff.system.devices import device_problem, resolve_device
-from etherdiff.system.errors import RunError, UserError
+from etherdiff.system.errors import Problems, RunError, UserError
 from etherdiff.system.files import digest, file_hash, remove_temporary, write_json
 from etherdiff.system.locks import run_lock
 from etherdiff.system.terminal import warn
-from etherdiff.tasks.planning import Problems, method_options
-from etherdiff.tasks.prepare import pixels_digest
-from etherdiff.tasks.subjects import Subject, find_subject, prompts_for
+from etherdiff.tasks.planning import method_options
+from etherdiff.tasks.subjects import Subject, find_subject, make_prompts, pixels_digest, prompts_for, read_prompts
 from etherdiff.train.checkpoint import checkpoint_path
-from etherdiff.use.generate import read_prompts
 
 SD1_TEXT_WIDTH = 768
 PAPER_PROMPTS, PAPER_SEEDS = 25, 4
@@ -198,11 +195,11 @@ def plan_evaluation(path: Path, options: EvalOptions) -> Plan:
     """Check the run, its subject, its base, the options and the networks. Raises one UserError with everything."""
     run, config, provenance = read_run(path)
     problems = Problems()
-    problems.found += options.problems()
-    trained = problems.attempt(lambda: find_trained(run, config, options.checkpoint))
-    base = problems.attempt(lambda: find_base(config.base, config.prediction_type, "configs"))
-    subject = problems.attempt(lambda: find_subject(config.subject, config.data_root))
-    texts = problems.attempt(lambda: prompt_texts(config, options))
+    problems.add(*options.problems())
+    trained = problems.attempt(lambda: find_trained(run, config, options.checkpoint)).value
+    base = problems.attempt(lambda: find_base(config.base, config.prediction_type, "configs")).value
+    subject = problems.attempt(lambda: find_subject(config.subject, config.data_root)).value
+    texts = problems.attempt(lambda: prompt_texts(config, options)).value
     if subject is not None:
         problems.attempt(lambda: refuse_other_images(run, config, provenance, subject))
     scoring = Scoring(
@@ -213,10 +210,12 @@ def plan_evaluation(path: Path, options: EvalOptions) -> Plan:
         device=options.device,
     )
     if subject and texts and "fid" in options.metrics and len(subject.images) != len(texts) * options.num:
-        problems.found.append(f"fid: {fid_problem(len(subject.images), len(texts) * options.num, 0)}")
+        problems.add(f"fid: {fid_problem(len(subject.images), len(texts) * options.num, 0)}")
     backbones = None
     if not options.problems():
-        backbones = problems.attempt(lambda: find_backbones(scoring.roles, scoring.preset, scoring.backbones, scoring.device))
+        backbones = problems.attempt(
+            lambda: find_backbones(scoring.roles, scoring.preset, scoring.backbones, scoring.device)
+        ).value
     problems.raise_if_any()
     assert trained is not None
     assert base is not None

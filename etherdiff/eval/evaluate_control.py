@@ -38,11 +38,10 @@ from etherdiff.report.reporting import show_report
 from etherdiff.runs.control import load_control_run
 from etherdiff.runs.run import Run
 from etherdiff.system.devices import resolve_device
-from etherdiff.system.errors import UserError
+from etherdiff.system.errors import Problems, UserError
 from etherdiff.system.files import digest, file_hash, remove_temporary, staged_file, write_json
 from etherdiff.system.locks import run_lock
 from etherdiff.system.terminal import track
-from etherdiff.tasks.planning import Problems
 
 IMAGES, SHUFFLED, UNCONTROLLED, REAL = "images", "shuffled_images", "uncontrolled_images", "real_images"
 TITLES = {IMAGES: "the run", SHUFFLED: "another's control", UNCONTROLLED: "no control", REAL: "real images"}
@@ -224,28 +223,28 @@ def plan_evaluation(path: Path, options: ControlOptions) -> Plan:
     if not is_control_run(path):
         raise UserError(f"{path} is not a run of train-s2i")
     problems = Problems()
-    problems.found += options.problems()
+    problems.add(*options.problems())
     problems.raise_if_any()
     judged = load_run(path, resolve_device(options.device))
     signal = judged.dataset.signal
     metrics = options.metrics if options.metrics is not None else CONTROL_METRICS[signal.name]
     there = f"there are {', '.join(CONTROL_METRICS[signal.name])}"
     wrong = [name for name in metrics if name not in CONTROL_METRICS[signal.name]]
-    problems.found += [f"metric {name!r}: of {signal.name} {there}" for name in wrong]
+    problems.add(*[f"metric {name!r}: of {signal.name} {there}" for name in wrong])
     if not metrics:
-        problems.found.append(f"metrics: none is asked for; {there}")
-    pairs = problems.attempt(lambda: choose_pairs(judged.dataset, options))
+        problems.add(f"metrics: none is asked for; {there}")
+    pairs = problems.attempt(lambda: choose_pairs(judged.dataset, options)).value
     if pairs is not None:
-        problems.found += [f"{pair.control}: {found}" for pair in pairs for found in signal.problems(pair.control)][:20]
+        problems.add(*[f"{pair.control}: {found}" for pair in pairs for found in signal.problems(pair.control)][:20])
     preset = choose_preset(judged.config.base, options.preset)
     named = {role: name for role, name in options.named_backbones.items() if role == "fid"}
     backbones: dict[str, Backbone] | None = {}
     if "fid" in metrics:
-        backbones = problems.attempt(lambda: find_backbones(["fid"], preset, named, options.device))
+        backbones = problems.attempt(lambda: find_backbones(["fid"], preset, named, options.device)).value
     reader, why = None, ""
     if set(metrics) - {"fid"}:
         try:
-            reader = problems.attempt(lambda: _find_readback(judged, options, preset))
+            reader = problems.attempt(lambda: _find_readback(judged, options, preset)).value
         except NotReadable as reason:
             why = str(reason)
     problems.raise_if_any()

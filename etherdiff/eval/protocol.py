@@ -9,7 +9,6 @@ by the protocol, and one with a missing image is drawn whole: a generation that 
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,20 +23,11 @@ from etherdiff.images.png import save_png
 from etherdiff.runs.identity import named_differences
 from etherdiff.system.files import write_json
 from etherdiff.system.terminal import track
+from etherdiff.tasks.subjects import EvalPrompt
 
 IMAGES, BASE_IMAGES = "images", "base_images"
 ROUNDING = "computed_with"
 """The part of a set's settings that changes images by rounding only: device, batch size, versions of libraries."""
-
-
-@dataclass(frozen=True)
-class EvalPrompt:
-    """A prompt in both forms."""
-
-    text: str
-    """With the identifier: "a sks dog in the jungle"."""
-    plain: str
-    """Without it: "a dog in the jungle"."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +72,6 @@ class Batch:
     def missing(self) -> list[int]:
         """The seeds whose image is not there whole."""
         return [seed for seed, path in self.images.items() if not is_whole(path)]
-
-
-def make_prompts(texts: Sequence[str], identifier: str, class_noun: str) -> tuple[EvalPrompt, ...]:
-    """Prompts with the identifier in them; {identifier} and {class_noun} are filled in."""
-    word = re.compile(rf"(?<!\w){re.escape(identifier)}(?!\w)\s*")
-    filled = [text.replace("{identifier}", identifier).replace("{class_noun}", class_noun) for text in texts]
-    return tuple(EvalPrompt(text, word.sub("", text).strip()) for text in filled)
 
 
 def batches(protocol: Protocol, folder: Path, plain: bool) -> list[Batch]:

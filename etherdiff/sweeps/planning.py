@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from etherdiff.config import DreamBoothConfig, PerturbConfig, RunConfig, S2IConfig, TrainConfig, load_run_config
+from etherdiff.eval.best import find_scorer
 from etherdiff.runs.folder import RunFolder, write_settings
 from etherdiff.sweeps.judging import ScoringCheck
 from etherdiff.sweeps.spec import OWN_KEYS, PREVIOUS, TASKS, Sweep, Variant
 from etherdiff.sweeps.units import Run, Unit
 from etherdiff.system.errors import Problems, UserError
 from etherdiff.system.terminal import console
-from etherdiff.tasks import plan_job
+from etherdiff.tasks import plan_training
 from etherdiff.tasks.perturb import plan_perturbation
 
 
@@ -72,7 +73,7 @@ def _resolve(config: RunConfig) -> tuple[RunConfig, Any]:
         perturbation = plan_perturbation(config)
         return perturbation.config, perturbation
     assert isinstance(config, DreamBoothConfig | S2IConfig)
-    plan = plan_job(config).plan
+    plan = plan_training(config, find_scorer=find_scorer).plan
     return plan.config, plan
 
 

@@ -1,11 +1,15 @@
 """The subjects to learn: DreamBooth's 30 with their class nouns and prompts, the tiny world's, and any folder of images."""
 
 import difflib
+import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from PIL.Image import Image
 
 from etherdiff.images.reading import IMAGE_SUFFIXES, list_images
 from etherdiff.system.errors import UserError
@@ -48,6 +52,47 @@ def prompts_for(class_noun: str, identifier: str, tiny: bool = False) -> list[st
     """The 25 evaluation prompts of DreamBooth, "a sks dog in the jungle" and on, or those of what the tiny base knows."""
     templates = TINY_PROMPTS if tiny else LIVE_PROMPTS if class_noun in LIVE_CLASSES else OBJECT_PROMPTS
     return [template.format(identifier=identifier, class_noun=class_noun) for template in templates]
+
+
+@dataclass(frozen=True)
+class EvalPrompt:
+    """A prompt in both forms."""
+
+    text: str
+    """With the identifier: "a sks dog in the jungle"."""
+    plain: str
+    """Without it: "a dog in the jungle"."""
+
+
+def make_prompts(texts: Sequence[str], identifier: str, class_noun: str) -> tuple[EvalPrompt, ...]:
+    """Return prompts with the identifier in them; {identifier} and {class_noun} are filled in."""
+    word = re.compile(rf"(?<!\w){re.escape(identifier)}(?!\w)\s*")
+    filled = [text.replace("{identifier}", identifier).replace("{class_noun}", class_noun) for text in texts]
+    return tuple(EvalPrompt(text, word.sub("", text).strip()) for text in filled)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a file, one per line; empty lines and lines that start with # are left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts: {path} cannot be read ({error})") from error
+    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    return list(dict.fromkeys(prompts))
+
+
+def photo_of(what: str) -> str:
+    """Return the prompt that images are trained on."""
+    return f"a photo of {what}"
+
+
+def pixels_digest(images: Sequence[Image]) -> str:
+    """Return a digest of what images show, whatever their files are called."""
+    total = hashlib.sha256()
+    for image in images:
+        total.update(repr(image.size).encode())
+        total.update(image.tobytes())
+    return total.hexdigest()
 
 
 def find_subject(subject: str, data_root: Path | None) -> Subject:

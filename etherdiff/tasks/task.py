@@ -1,123 +1,213 @@
-"""What the main path asks of a task, in the order in which it asks."""
+"""What a task is: a kind of run, with what the main path and the evaluation ask of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from accelerate import Accelerator
-from torch import nn
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
 
 from etherdiff.adapters.io import save_adapter
-from etherdiff.adapters.methods import MethodOptions, add_adapter
-from etherdiff.config import TrainConfig
-from etherdiff.families.sd1 import Base, StableDiffusion
+from etherdiff.adapters.methods import add_adapter, trainable_parameters
+from etherdiff.config import RunConfig, TrainConfig
+from etherdiff.control.pipeline import HintEncoder, added_hint
+from etherdiff.families.sd1 import StableDiffusion
+from etherdiff.families.loss import denoising_loss, loss_weighting
 from etherdiff.runs.folder import RunFolder, manifest_of, write_manifest
+from etherdiff.runs.run import Run
+from etherdiff.system.terminal import warn
+from etherdiff.tasks.image_sets import ImageSets
+from etherdiff.tasks.planning import Plan, TrainPlan
+from etherdiff.tasks.samples import Sampler
 from etherdiff.train.batches import StepBatches
-from etherdiff.train.loop import ParameterGroup
-
-
-class Plan(Protocol):
-    """A run that can start."""
-
-    @property
-    def config(self) -> TrainConfig:
-        """With every default filled in."""
-
-    @property
-    def base(self) -> Base: ...
-
-    @property
-    def options(self) -> MethodOptions: ...
-
-    @property
-    def output(self) -> Path: ...
-
-    @property
-    def resolution(self) -> int: ...
-
+from etherdiff.train.loop import Batch, ParameterGroup
+from etherdiff.train.recorder import Watcher
 
 P = TypeVar("P", bound=Plan)
+Q = TypeVar("Q", bound=TrainPlan)
+
+
+class Task(ABC, Generic[P]):
+    """A kind of run. Making one plans a run: everything is checked, and one UserError has all that is wrong."""
+
+    name: ClassVar[str]
+    """Its name in run.yaml."""
+    command: ClassVar[str]
+    """The command that makes its run folders."""
+    config_class: ClassVar[type[RunConfig]]
+    plan: P
+
+    @staticmethod
+    @abstractmethod
+    def image_sets(run: Run, options: Any) -> ImageSets:
+        """Find what a run is judged by, given options of evaluation; no model is loaded. UserError with all that is wrong."""
+
+
+class DenoisingLoss(nn.Module):
+    """The loss of a batch: of the UNet alone, or seeing the hint of its control images (ETHER paper, 5.2)."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        noise_scheduler: DDPMScheduler,
+        config: TrainConfig,
+        encoder: HintEncoder | None = None,
+    ) -> None:
+        super().__init__()
+        self.unet, self.hint_encoder, self.noise_scheduler = unet, encoder, noise_scheduler
+        self.weighting = loss_weighting(config.min_snr_gamma, config.debiased_estimation)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return a scalar: the mean, or the sum by `weights`.
+
+        batch: latents, noise (B, C, h, w), timesteps (B,), text (B, tokens, width); control (B, 3, R, R), weights (B,).
+        """
+        hint = None if self.hint_encoder is None else self.hint_encoder(batch["control"])
+        with added_hint(self.unet, hint):
+            losses = denoising_loss(
+                self.unet,
+                self.noise_scheduler,
+                batch["latents"],
+                batch["text"],
+                batch["noise"],
+                batch["timesteps"],
+                self.weighting,
+            )
+        return (losses * batch["weights"]).sum() if "weights" in batch else losses.mean()
 
 
 @dataclass(frozen=True)
-class Watchers:
-    """Extras beside the loop, in the first process and where they are wanted."""
+class Trainee:
+    """A model that is ready to be trained: its adapter is in place, and everything else is frozen."""
 
-    draw_samples: Callable[[int], None] | None = None
-    score_step: Callable[[int], dict[str, float]] | None = None
+    loss: DenoisingLoss
+    adapted: nn.Module
+    """What saves the adapter."""
+    groups: Sequence[ParameterGroup] = ()
+    """The parts with a learning rate of their own: a control encoder."""
 
 
-class Job(ABC, Generic[P]):
-    """One run of a task. Making one checks everything, and raises one UserError with all that is wrong."""
+class LiveScorer(Protocol):
+    """What scores along the way."""
 
-    task: ClassVar[str]
-    """Its name in run.yaml."""
-    plan: P
+    adapted: nn.Module | None
+    """What holds the adapter, once it is there."""
+
+    def score_step(self, step: int) -> dict[str, float]:
+        """Return the scores of the present weights."""
+
+    def conclude(self) -> None:
+        """Say which step was best, at the run's end."""
+
+
+class Training(Task[Q]):
+    """A training run, in the order in which the main path asks."""
+
+    config_class: ClassVar[type[TrainConfig]]
+    encodes_text: ClassVar[bool]
+    """Whether the text encoder is needed in training."""
+    method_note: str = ""
+    """What else is said of the method."""
+
+    def __init__(self, plan: Q) -> None:
+        self.plan = plan
+        self.sampler: Sampler | None = None
+
+    @property
+    @abstractmethod
+    def data_digest(self) -> str:
+        """Digest of what is trained on, which must be the same when the run is resumed."""
+
+    @property
+    @abstractmethod
+    def data_name(self) -> str:
+        """What is trained on, as the user named it."""
 
     @abstractmethod
-    def digest(self) -> str:
-        """A name for what is trained on, which must be the same when the run is resumed."""
-
-    @abstractmethod
-    def said_of_data(self) -> str:
-        """What is trained on, as the user named it, for messages."""
-
-    @abstractmethod
-    def describe_size(self) -> str:
-        """How many images of which size are trained on."""
-
-    @abstractmethod
-    def facts(self) -> dict[str, Any]:
-        """What else run.yaml records."""
-
-    @abstractmethod
-    def prepare(self, model: StableDiffusion, hashes: dict[str, str], accelerator: Accelerator) -> StepBatches:
-        """All that the loop will read, from the cache where it is there; `hashes` is the base's fingerprint."""
-
-    @abstractmethod
-    def watch(self, model: StableDiffusion, run: RunFolder, base: dict[str, Any], accelerator: Accelerator) -> Watchers:
-        """What draws and scores along the way. Called in every process, before the adapter comes."""
-
-    @abstractmethod
-    def free_unused(self, model: StableDiffusion, watchers: Watchers) -> None:
-        """Drop the parts of the model that nothing needs from here on."""
-
-    @abstractmethod
-    def build(self, model: StableDiffusion) -> nn.Module:
-        """The module to train, its adapter in place and everything else frozen."""
+    def describe_data(self) -> str:
+        """Say how many images of which size are trained on."""
 
     def images_per_pass(self) -> int:
-        """Images in one forward pass of a process."""
+        """Return the number of images in one forward pass of a process."""
         return self.plan.config.batch_size
 
     def dry_lines(self) -> list[str]:
-        """What a dry run says of this task beside the UNet's size, a line each."""
+        """Return what a dry run says of this task next to the UNet's size, a line each."""
         return []
 
     @abstractmethod
-    def describe(self, accelerator: Accelerator) -> list[str]:
-        """What is about to be trained, a line each; after `build`."""
-
-    def groups(self) -> list[ParameterGroup]:
-        """The parts with learning rates of their own."""
-        return []
+    def facts(self) -> dict[str, Any]:
+        """Return what else run.yaml records."""
 
     @abstractmethod
-    def save(self, run: RunFolder, base: dict[str, Any]) -> None:
-        """Write the result; `base` is recorded beside it."""
+    def prepare(self, model: StableDiffusion, hashes: dict[str, str], accelerator: Accelerator) -> StepBatches:
+        """Compute all that the loop will read, or find it in the cache; `hashes` is the base's fingerprint."""
 
-    def conclude(self, run: RunFolder) -> None:
+    @abstractmethod
+    def make_sampler(self, model: StableDiffusion, run: RunFolder) -> Sampler:
+        """Make what draws sample images; it draws the base's at once."""
+
+    def watch(self, model: StableDiffusion, run: RunFolder, base: dict[str, Any], accelerator: Accelerator) -> list[Watcher]:
+        """Return what draws and scores along the way. Called in every process, before the adapter comes."""
+        every = self.plan.config.sample_every
+        if every is None or not accelerator.is_main_process:
+            return []
+        model.unet.to(accelerator.device)
+        try:
+            self.sampler = self.make_sampler(model, run)
+        except Exception as error:  # whatever a pipeline, a font or the disk raises
+            warn(f"the base's sample images failed ({type(error).__name__}: {error}): training goes on without samples")
+            return []
+        is_missing = lambda step: not run.sample_sheet(step).exists()  # noqa: E731
+        return [Watcher("sample images", every, self.sampler.draw_step, is_missing)]
+
+    def free_unused(self, model: StableDiffusion, watchers: Sequence[Watcher]) -> None:
+        """Drop the parts of the model that nothing needs from here on; the decoder is needed where images are drawn."""
+        if not self.encodes_text:
+            model.text_encoder = None
+        if not watchers:
+            model.vae = None
+
+    @abstractmethod
+    def build(self, model: StableDiffusion) -> Trainee:
+        """Put the adapter in place and freeze everything else."""
+
+    def adapt(self, model: StableDiffusion) -> nn.Module:
+        """Put the method's adapter into the UNet, in place; with `none`, freeze it. Return what saves the adapter."""
+        config = self.plan.config
+        if config.method == "none":
+            return model.unet.requires_grad_(False)
+        return add_adapter(model.unet, config.method, self.plan.options, config.seed)
+
+    def describe(self, trainee: Trainee, accelerator: Accelerator) -> list[str]:
+        """Say what is about to be trained, a line each."""
+        config, encoder = self.plan.config, trainee.loss.hint_encoder
+        adapter = sum(p.numel() for p in trainable_parameters(trainee.adapted).values())
+        of_encoder = ""
+        if encoder is not None:
+            of_encoder = f", and {sum(p.numel() for p in encoder.parameters() if p.requires_grad):,} of the control encoder"
+        rates = f"learning rate {config.learning_rate:g}" + "".join(
+            f", control encoder's {group.learning_rate:g}" for group in trainee.groups
+        )
+        size = config.batch_size * config.gradient_accumulation * accelerator.num_processes
+        return [
+            f"{config.method}{self.method_note} on {self.plan.base.name}: {adapter:,} trainable parameters "
+            f"({config.targets}){of_encoder}",
+            self.describe_data(),
+            f"{config.steps} steps of {size}, {rates}; the text encoder is not trained",
+        ]
+
+    def save(self, trainee: Trainee, run: RunFolder, base: dict[str, Any]) -> None:
+        """Write the result; `base` is recorded in it."""
+        if self.plan.config.method != "none":
+            save_result(run.adapter, lambda: save_adapter(trainee.adapted, run.adapter, base))
+
+    def conclude(self) -> None:
         """Say what is to be said when the run is complete."""
         return
-
-
-def adapt(model: StableDiffusion, plan: Plan) -> nn.Module:
-    """Put the method's adapter into the UNet, in place; with `none`, freeze it. Returns what saves the adapter."""
-    if plan.config.method == "none":
-        return model.unet.requires_grad_(False)
-    return add_adapter(model.unet, plan.config.method, plan.options, plan.config.seed)
 
 
 def save_result(folder: Path, write: Callable[[], None]) -> None:
@@ -125,8 +215,3 @@ def save_result(folder: Path, write: Callable[[], None]) -> None:
     manifest_of(folder).unlink(missing_ok=True)
     write()
     write_manifest(folder)
-
-
-def save_adapter_result(adapted: nn.Module, run: RunFolder, base: dict[str, Any]) -> None:
-    """The adapter, into RUN/adapter."""
-    save_result(run.adapter, lambda: save_adapter(adapted, run.adapter, base))

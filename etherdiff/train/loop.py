@@ -110,7 +110,8 @@ def fit(
 ) -> None:
     """Train from `state.step` to `config.steps`, or until `stopping` says so between two steps.
 
-    A step whose loss or gradient is not finite changes nothing; NotFiniteError there, unless the run is to skip such steps.
+    The task is a module whose forward(batch) returns the loss of each sample, or their mean. A step whose loss or gradient is
+    not finite changes nothing; NotFiniteError there, unless the run is to skip such steps.
     """
     state.task.train()
     skipped = 0
@@ -152,7 +153,7 @@ def optimizer_step(state: TrainingState, batches: list[Batch], config: TrainConf
     for part, batch in enumerate(batches):
         with accelerator.accumulate(state.task), _dropout_randomness(config, state.step, part, accelerator):
             with accelerator.autocast():
-                loss = state.task(on_device(batch, accelerator))
+                loss = state.task(on_device(batch, accelerator)).mean()
             accelerator.backward(loss)
             losses.append(loss.detach())
             if accelerator.sync_gradients:
@@ -193,5 +194,20 @@ def _optimizer_class(config: TrainConfig) -> Any:
 
 
 def optimizer_state_bytes(config: TrainConfig) -> int:
-    """Bytes that the optimizer keeps per trainable parameter: two moments."""
+    """Return the bytes that the optimizer keeps per trainable parameter: two moments."""
     return 8 if config.optimizer == "adamw" else 2
+
+
+def ways_to_save_memory(config: TrainConfig) -> list[str]:
+    """Return what would take less memory: options that are not used yet."""
+    changes = []
+    if config.batch_size > 1:
+        parts = config.batch_size * config.gradient_accumulation
+        changes.append(f"--batch-size 1 --gradient-accumulation {parts} (the same batch, piece by piece)")
+    if not config.gradient_checkpointing:
+        changes.append("--gradient-checkpointing")
+    if config.mixed_precision == "no":
+        changes.append("--mixed-precision bf16")
+    if config.method == "full":
+        changes.append("an adapter instead of --method full")
+    return [*changes, "a smaller --resolution"]

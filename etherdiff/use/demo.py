@@ -8,14 +8,14 @@ from PIL import Image
 from etherdiff.config import DreamBoothConfig, ExportOptions, MergeOptions
 from etherdiff.eval.evaluate import EvalOptions, evaluate
 from etherdiff.eval.metrics import HELD_OUT
-from etherdiff.eval.protocol import BASE_IMAGES, IMAGES, make_prompts
+from etherdiff.eval.protocol import BASE_IMAGES, IMAGES
 from etherdiff.families.sampling import sheet, slug
 from etherdiff.images.reading import list_images, read_images
 from etherdiff.images.sheets import contact_sheet
 from etherdiff.runs.folder import RunFolder
 from etherdiff.system.errors import UserError
 from etherdiff.system.terminal import say
-from etherdiff.tasks.subjects import prompts_for
+from etherdiff.tasks.subjects import make_prompts, prompts_for
 from etherdiff.tiny.dreambooth import render_folder
 from etherdiff.tiny.subjects import SUBJECTS
 from etherdiff.use.export import export_run

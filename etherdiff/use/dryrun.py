@@ -1,35 +1,36 @@
 """`--dry-run`: everything is checked, no weight is read, and the run's size, memory and time are said."""
 
 from etherdiff.config import TrainConfig
+from etherdiff.eval.best import find_scorer
 from etherdiff.system.devices import DTYPES, resolve_device
 from etherdiff.system.terminal import say
-from etherdiff.tasks import plan_job
+from etherdiff.tasks import plan_training
 from etherdiff.train.loop import optimizer_state_bytes
 from etherdiff.use.inspection import measure_throughput, training_estimate
 
 
 def dry_run(config: TrainConfig) -> None:
     """Plan the run and print what it would take. UserError as the run itself would raise."""
-    job = plan_job(config)
-    plan, config = job.plan, job.plan.config
+    task = plan_training(config, find_scorer=find_scorer)
+    plan, config = task.plan, task.plan.config
     dtype = DTYPES[config.mixed_precision]
-    say(f"Nothing is wrong: {config.method} on {plan.base.name}, {job.describe_size()}")
+    say(f"Nothing is wrong: {config.method} on {plan.base.name}, {task.describe_data()}")
     if config.method == "none":  # no adapter, so nothing of the UNet to count
-        say_lines(job.dry_lines())
+        say_lines(task.dry_lines())
         return
     estimate = training_estimate(
         plan.base,
         config.method,
         plan.options,
         resolution=plan.resolution,
-        batch_size=job.images_per_pass(),
+        batch_size=task.images_per_pass(),
         gradient_checkpointing=config.gradient_checkpointing,
         weight_bytes=dtype.itemsize,
         optimizer_bytes=optimizer_state_bytes(config),
     )
     device = resolve_device(config.device)
     say(f"  trainable parameters  {estimate['trainable_parameters']:,}")
-    say_lines(job.dry_lines())
+    say_lines(task.dry_lines())
     if estimate["step_flops"] is None:
         say(f"  memory and time       unknown: {estimate['note']}")
         return

@@ -22,6 +22,7 @@ from etherdiff.runs.run import Run
 from etherdiff.system.devices import device_problem, resolve_device
 from etherdiff.system.errors import Problems, UserError
 from etherdiff.system.terminal import say, track
+from etherdiff.tasks.subjects import read_prompts
 
 MAX_COLUMNS = 8
 """Images in a row of the sheet."""
@@ -201,13 +202,3 @@ def control_files(path: Path) -> list[Path]:
     if not found:
         raise UserError(f"control: {path} is neither a control file nor a folder of them")
     return found
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt per line; empty lines and lines that start with # are left out."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts: {path} cannot be read ({error})") from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    return list(dict.fromkeys(prompts))

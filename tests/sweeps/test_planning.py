@@ -6,11 +6,12 @@ import pytest
 from sweeps.sweep_files import TINY, write_file
 
 from etherdiff.config import DreamBoothConfig
+from etherdiff.eval.best import find_scorer
 from etherdiff.sweeps.planning import plan_units
 from etherdiff.sweeps.spec import read_sweep
 from etherdiff.sweeps.units import shell_command
 from etherdiff.system.errors import UserError
-from etherdiff.tasks import plan_job
+from etherdiff.tasks import plan_training
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -27,7 +28,9 @@ def mistakes(tmp_path, **content) -> list[str]:
 
 def test_a_run_is_what_training_would_record(tmp_path):
     (unit,) = plan(tmp_path, runs=[{"method": "oft"}])
-    resolved = plan_job(DreamBoothConfig(**TINY, method="oft", output=tmp_path / "run")).plan.config
+    resolved = plan_training(
+        DreamBoothConfig(**TINY, method="oft", output=tmp_path / "run"), find_scorer=find_scorer
+    ).plan.config
     (run,) = unit.runs
     assert run.config == resolved.model_dump(mode="json", exclude={"output", "overwrite", "dry_run"})
     assert (run.config["blocks"], run.config["learning_rate"], run.config["class_noun"]) == (4, 6e-5, "ball")

@@ -13,7 +13,7 @@ from etherdiff.run import resume, train_dreambooth
 from etherdiff.system import signals
 from etherdiff.system.errors import Stopped
 from etherdiff.tasks import samples as samples_module
-from etherdiff.tasks.dreambooth_data import DreamBoothData
+from etherdiff.train.batches import StepBatches
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("another_process")]
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
@@ -101,14 +101,14 @@ def signal_in_step(monkeypatch):
     """Have a signal arrive while a step is computed."""
 
     def arrange(number, step):
-        batches = DreamBoothData.batches
+        batches = StepBatches.batches
 
         def interrupted(self, at, *rest):
             if at == step:
                 signal.raise_signal(number)
             return batches(self, at, *rest)
 
-        monkeypatch.setattr(DreamBoothData, "batches", interrupted)
+        monkeypatch.setattr(StepBatches, "batches", interrupted)
 
     return arrange
 

@@ -8,27 +8,28 @@ from torch import nn
 
 from etherdiff.config import DreamBoothConfig
 from etherdiff.families.bases import find_base
-from etherdiff.families.sd1 import encode_prompts, load_base
+from etherdiff.families.sd1 import load_base
 from etherdiff.images.crops import resize_and_crop
-from etherdiff.tasks import prepare
-from etherdiff.tasks.dreambooth_data import DreamBoothData, DreamBoothTask, Moments
-from etherdiff.tasks.prepare import cached_moments, cached_text
-from etherdiff.train.batches import VALIDATION_TIMESTEPS
+from etherdiff.tasks.dreambooth import crop_windows, image_moments, make_batches
+from etherdiff.tasks.task import DenoisingLoss
+from etherdiff.train import store
+from etherdiff.train.batches import VALIDATION_TIMESTEPS, StepBatches
+from etherdiff.train.store import Moments
 
 SHAPE = (4, 3, 3)  # of a latent
 
 
 def moments(images: int, crops: int = 1, flips: int = 1, std: float = 0.0, start: float = 0.0) -> Moments:
     """Every view's mean is one number of its own, all over."""
-    numbers = torch.arange(images * crops * flips, dtype=torch.float32).reshape(images, crops, flips) + start
-    mean = numbers[..., None, None, None].expand(images, crops, flips, *SHAPE).clone()
-    return Moments(mean, torch.full_like(mean, std))
+    numbers = np.arange(images * crops * flips, dtype=np.float32).reshape(images, crops * flips) + start
+    mean = np.broadcast_to(numbers[..., None, None, None], (*numbers.shape, *SHAPE))
+    return Moments(np.stack([mean, np.full_like(mean, std)], 2), flips)
 
 
-def make_data(subject=None, class_images=None, scaling_factor=1.0, **options) -> DreamBoothData:
+def make_data(subject=None, class_images=None, scaling_factor=1.0, **options) -> StepBatches:
     text = torch.stack([torch.full((7, 5), float(kind)) for kind in range(3)])  # 0 subject, 1 class, 2 empty
     config = DreamBoothConfig(subject="x", **options)
-    return DreamBoothData(config, subject or moments(5), class_images, text, scaling_factor, timesteps=1000)
+    return make_batches(config, subject or moments(5), class_images, text, scaling_factor, timesteps=1000)
 
 
 def halves(batch, count: int):
@@ -105,7 +106,7 @@ def test_the_loss_is_the_subjects_mean_and_the_weighted_mean_of_the_class(size, 
     data = make_data(moments(5), moments(6), batch_size=size, prior_weight=prior_weight)
     (batch,) = data.batches(0, 0, 1)
     losses = torch.linspace(0.5, 4.0, 2 * size)
-    task = DreamBoothTask(Fixed(batch["noise"], losses), load_base(find_base("tiny")).noise_scheduler, None)
+    task = DenoisingLoss(Fixed(batch["noise"], losses), load_base(find_base("tiny")).noise_scheduler, data.config)
     expected = losses[:size].mean() + prior_weight * losses[size:].mean()
     torch.testing.assert_close(task(batch), expected)
 
@@ -144,7 +145,7 @@ def test_views_are_drawn_evenly_among_crops_and_flips():
 
 
 def test_latents_are_draws_of_the_posterior_scaled():
-    subject = Moments(torch.full((1, 1, 1, *SHAPE), 2.0), torch.full((1, 1, 1, *SHAPE), 0.5))
+    subject = Moments(np.stack([np.full((1, 1, *SHAPE), 2.0, np.float32), np.full((1, 1, *SHAPE), 0.5, np.float32)], 2))
     data = make_data(subject, batch_size=50, scaling_factor=0.18215)
     batches = [data.batches(step, 0, 1)[0] for step in range(40)]
     drawn = torch.cat([batch["latents"] for batch in batches]).double() / 0.18215
@@ -196,10 +197,14 @@ def encoded(vae, image: Image.Image):
     return posterior.mean[0], posterior.std[0]
 
 
+def moments_of(model, hashes, pictures, config) -> Moments:
+    return image_moments(pictures, config, config.resolution, model, hashes, "test")
+
+
 def assert_view(found: Moments, view, vae, image: Image.Image) -> None:
     mean, std = encoded(vae, image)
-    torch.testing.assert_close(found.mean[view], mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.std[view], std, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.read(*view)[0], mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.read(*view)[1], std, rtol=1e-4, atol=1e-5)
 
 
 def center_of(image: Image.Image) -> Image.Image:
@@ -212,72 +217,57 @@ def center_of(image: Image.Image) -> Image.Image:
 
 def test_moments_are_the_encoders_for_the_centre_and_its_mirror_image(model, hashes, pictures):
     config = DreamBoothConfig(subject="x", resolution=64, flip=True)
-    found = cached_moments(model.vae, pictures, config, hashes, "test")
-    assert found.views == (3, 1, 2)
-    assert found.mean.shape[3:] == (4, 16, 16)
+    found = moments_of(model, hashes, pictures, config)
+    assert (len(found), found.crops, found.flips) == (3, 1, 2)
+    assert found.array.shape == (3, 2, 2, 4, 16, 16)
     for item, picture in enumerate(pictures):
         assert_view(found, (item, 0, 0), model.vae, center_of(picture))
         mirrored = Image.fromarray(np.ascontiguousarray(np.array(center_of(picture))[:, ::-1]))
         assert_view(found, (item, 0, 1), model.vae, mirrored)
-    mirrored_latent = found.mean[0, 0, 0].flip(-1)
-    assert not torch.allclose(found.mean[0, 0, 1], mirrored_latent, atol=1e-3)  # an encoding, not a flipped latent
+    mirrored_latent = found.read(0, 0, 0)[0].flip(-1)
+    assert not torch.allclose(found.read(0, 0, 1)[0], mirrored_latent, atol=1e-3)  # an encoding, not a flipped latent
 
 
 def test_random_crops_are_windows_of_the_scaled_image_spread_over_it(model, hashes, pictures):
     config = DreamBoothConfig(subject="x", resolution=64, crop="random", cached_crops=6, seed=5)
-    found = cached_moments(model.vae, pictures, config, hashes, "test")
-    assert found.views == (3, 6, 1)
-    windows = prepare.crop_windows(pictures[0], 0, config, 64)
+    found = moments_of(model, hashes, pictures, config)
+    assert (len(found), found.crops, found.flips) == (3, 6, 1)
+    windows = crop_windows(pictures[0], 0, config, 64)
     possible = [pictures[0].crop((0, top, 64, top + 64)) for top in range(90 - 64 + 1)]
     tops = [next(i for i, p in enumerate(possible) if np.array_equal(np.array(p), np.array(w))) for w in windows]
     assert len(set(tops)) >= 4
     for crop, top in enumerate(tops):
         assert_view(found, (0, crop, 0), model.vae, possible[top])
-    torch.testing.assert_close(found.mean[2, 0], found.mean[2, 5])  # a square image has one window
-    other = prepare.crop_windows(pictures[0], 0, config.model_copy(update={"seed": 6}), 64)
+    torch.testing.assert_close(found.read(2, 0), found.read(2, 5))  # a square image has one window
+    other = crop_windows(pictures[0], 0, config.model_copy(update={"seed": 6}), 64)
     assert any(a.tobytes() != b.tobytes() for a, b in zip(windows, other, strict=True))
 
 
 def test_images_are_scaled_to_the_resolution(model, hashes):
     big = Image.linear_gradient("L").convert("RGB").resize((192, 192))
-    found = cached_moments(model.vae, [big], DreamBoothConfig(subject="x", resolution=64), hashes, "test")
+    found = moments_of(model, hashes, [big], DreamBoothConfig(subject="x", resolution=64))
     assert_view(found, (0, 0, 0), model.vae, resize_and_crop(big, 64))
 
 
 def test_moments_are_encoded_once_and_again_when_anything_changes(model, hashes, pictures, monkeypatch):
     calls = []
-    encode = prepare.encode_images
-    monkeypatch.setattr(prepare, "encode_images", lambda *args: calls.append(args) or encode(*args))
+    compute = store._compute
+    monkeypatch.setattr(store, "_compute", lambda *args: calls.append(args) or compute(*args))
     config = DreamBoothConfig(subject="x", resolution=32, seed=77)
-    first = cached_moments(model.vae, pictures, config, hashes, "test")
-    again = cached_moments(model.vae, pictures, config, hashes, "test")
+    first = moments_of(model, hashes, pictures, config)
+    again = moments_of(model, hashes, pictures, config)
     assert len(calls) == 1
-    assert torch.equal(first.mean, again.mean)
-    assert torch.equal(first.std, again.std)
+    assert np.array_equal(first.array, again.array)
     irrelevant = {"steps": 3, "learning_rate": 1e-3, "method": "lora", "seed": 78}  # the seed: crops are central
-    cached_moments(model.vae, pictures, config.model_copy(update=irrelevant), hashes, "test")
+    moments_of(model, hashes, pictures, config.model_copy(update=irrelevant))
     assert len(calls) == 1
     changes = [{"resolution": 64}, {"flip": True}, {"crop": "random", "cached_crops": 2}]
     changes += [{"crop": "random", "cached_crops": 3}, {"crop": "random", "cached_crops": 3, "seed": 78}]
     for count, change in enumerate(changes, start=2):
-        cached_moments(model.vae, pictures, config.model_copy(update=change), hashes, "test")
+        moments_of(model, hashes, pictures, config.model_copy(update=change))
         assert len(calls) == count, change
-    cached_moments(model.vae, pictures[:2], config, hashes, "test")
-    cached_moments(model.vae, pictures, config, hashes | {"vae": "another"}, "test")
+    moments_of(model, hashes, pictures[:2], config)
+    moments_of(model, hashes | {"vae": "another"}, pictures, config)
     darker = [pictures[0].point(lambda value: value // 2), *pictures[1:]]
-    cached_moments(model.vae, darker, config, hashes, "test")
+    moments_of(model, hashes, darker, config)
     assert len(calls) == len(changes) + 4
-
-
-def test_text_embeddings_are_the_pipelines(model, hashes):
-    prompts = ["a photo of sks dog", "a photo of dog", "", "dog " * 200]
-    found = cached_text(model, prompts, hashes, torch.device("cpu"))
-    assert found.shape == (4, 77, model.text_encoder.config.hidden_size)
-    assert found.dtype == torch.float32
-    for prompt, text in zip(prompts, found, strict=True):
-        ids = model.tokenizer(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-        with torch.no_grad():
-            torch.testing.assert_close(text, model.text_encoder(ids)[0][0])
-    torch.testing.assert_close(found, encode_prompts(model.tokenizer, model.text_encoder, prompts))
-    other = cached_text(model, prompts[::-1], hashes, torch.device("cpu"))
-    torch.testing.assert_close(other, found.flip(0))

@@ -12,9 +12,8 @@ from subject_photos import draw_subject
 from etherdiff.config import DreamBoothConfig
 from etherdiff.families.sd1 import make_pipeline
 from etherdiff.images.png import read_png_settings
-from etherdiff.tasks import prepare
-from etherdiff.tasks.planning import plan_dreambooth
-from etherdiff.tasks.prepare import class_seed, make_class_images
+from etherdiff.tasks import dreambooth
+from etherdiff.tasks.dreambooth import class_seed, make_class_images, plan_dreambooth
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +26,20 @@ def subject(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     """Each test makes its class images anew."""
-    monkeypatch.setattr(prepare, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(dreambooth, "cache_dir", lambda: tmp_path / "cache")
 
 
 @pytest.fixture
 def made(monkeypatch):
     """The seeds of what is sampled, in its order."""
     seeds = []
-    sample = prepare.sample
+    sample = dreambooth.sample
 
     def counted(pipeline, prompt, these, *rest, **more):
         seeds.extend(these)
         return sample(pipeline, prompt, these, *rest, **more)
 
-    monkeypatch.setattr(prepare, "sample", counted)
+    monkeypatch.setattr(dreambooth, "sample", counted)
     return seeds
 
 
@@ -150,7 +149,7 @@ def test_what_is_made_again_is_the_same_bytes(subject, model, hashes):
 def made_by_two(subject, model, hashes, made, tmp_path, monkeypatch) -> tuple[list[Path], list[Path], list[list[int]]]:
     """Five class images by one process, by two processes into another cache, and the seeds that each of the two made."""
     alone = make_class_images(plan(subject, class_images=5), model, hashes, process())
-    monkeypatch.setattr(prepare, "cache_dir", lambda: tmp_path / "another cache")
+    monkeypatch.setattr(dreambooth, "cache_dir", lambda: tmp_path / "another cache")
     shares = []
     for index in range(2):
         made.clear()

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from etherdiff.config import S2IConfig
 from etherdiff.control.pipeline import HintEncoder
-from etherdiff.tasks.s2i_data import S2IData, S2ITask
-from etherdiff.train.latents import LatentStore
+from etherdiff.tasks.s2i import tell_pairs
+from etherdiff.tasks.task import DenoisingLoss
+from etherdiff.train.batches import Source, StepBatches
+from etherdiff.train.store import Moments
 
 COUNT, SIDE, LATENT = 7, 8, 4
 
@@ -41,8 +43,10 @@ def encode(texts):
 def make_data(**options):
     config = S2IConfig(dataset="x", resolution=SIDE, **({"batch_size": 3} | options))
     texts = ["x" * (number + 1) for number in range(COUNT)]
-    store, watched = LatentStore(moments(1 + config.flip)), LatentStore(moments(1)[:2])
-    return S2IData(config, store, watched, (texts, texts[:2]), (picture, picture), encode, scaling_factor=1.0, timesteps=1000)
+    flips = 1 + config.flip
+    told, told_of_watched = tell_pairs(texts, picture, encode), tell_pairs(texts[:2], picture, encode)
+    pairs, watched = Source(Moments(moments(flips), flips), told), Source(Moments(moments(1)[:2]), told_of_watched)
+    return StepBatches(config, [pairs], watched, scaling_factor=1.0, timesteps=1000)
 
 
 def numbers(batch):
@@ -116,7 +120,7 @@ def make_task():
     scheduler = SimpleNamespace(
         add_noise=lambda latents, noise, t: latents + noise, config=SimpleNamespace(prediction_type="epsilon")
     )
-    return S2ITask(unet, HintEncoder(6, 2), scheduler, None)
+    return DenoisingLoss(unet, scheduler, S2IConfig(dataset="x"), HintEncoder(6, 2))
 
 
 def test_the_loss_is_the_squared_error_under_the_hint():

@@ -1,14 +1,13 @@
-"""What the machine does to a run, in words that say what to change."""
+"""Say what to change where the machine runs out of memory or disk."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
-from etherdiff.config import TrainConfig
 from etherdiff.system.errors import RunError
 from etherdiff.system.files import system_error
 
@@ -17,14 +16,17 @@ CPU_ALLOCATION = ("can't allocate memory", "could not create a memory object", "
 
 
 @contextmanager
-def explained(config: TrainConfig, run: Path) -> Iterator[None]:
-    """Turn running out of memory or disk into a RunError that says what would do."""
+def explained(run: Path, ways_to_save_memory: Sequence[str]) -> Iterator[None]:
+    """Turn running out of memory or disk into a RunError that says what would help."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        raise RunError(out_of_memory(config, run)) from error
+        raise RunError(
+            f"out of memory. Start again with {', or '.join(ways_to_save_memory)}; "
+            f"or, if another program took the memory, go on with: etherdiff resume {run}"
+        ) from error
     except OSError as error:
         if error.errno not in DISK:
             raise
@@ -36,7 +38,7 @@ def explained(config: TrainConfig, run: Path) -> Iterator[None]:
 
 
 def machine_fault(error: Exception) -> str | None:
-    """What a command that is not `explained` says when memory or disk gave out; None where something else is wrong."""
+    """Return what a command other than training says where memory or disk ran out; None where something else is wrong."""
     if _is_out_of_memory(error):
         return "out of memory. Free some and start the command again; where it draws images, a smaller --batch-size takes less"
     if isinstance(error, SafetensorError):
@@ -49,22 +51,3 @@ def machine_fault(error: Exception) -> str | None:
 def _is_out_of_memory(error: Exception) -> bool:
     in_words = isinstance(error, RuntimeError) and any(text in str(error) for text in CPU_ALLOCATION)
     return in_words or isinstance(error, torch.OutOfMemoryError | MemoryError)
-
-
-def out_of_memory(config: TrainConfig, run: Path) -> str:
-    """What to change, with the options that are not used yet."""
-    changes = []
-    if config.batch_size > 1:
-        parts = config.batch_size * config.gradient_accumulation
-        changes.append(f"--batch-size 1 --gradient-accumulation {parts} (the same batch, piece by piece)")
-    if not config.gradient_checkpointing:
-        changes.append("--gradient-checkpointing")
-    if config.mixed_precision == "no":
-        changes.append("--mixed-precision bf16")
-    if config.method == "full":
-        changes.append("an adapter instead of --method full")
-    changes.append("a smaller --resolution")
-    return (
-        f"out of memory. Start again with {', or '.join(changes)}; "
-        f"or, if another program took the memory, go on with: etherdiff resume {run}"
-    )

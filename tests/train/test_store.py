@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL
 
 from etherdiff.system.files import write_text
 from etherdiff.system.paths import cache_dir
-from etherdiff.train import latents
-from etherdiff.train.latents import stored_latents
+from etherdiff.train import store as module
+from etherdiff.train.store import stored_moments
 
 COUNT, SIDE = 9, 16
 
@@ -31,8 +31,7 @@ def vae():
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch, tmp_path):
     monkeypatch.setenv("ETHERDIFF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(latents, "PIXELS_AT_ONCE", 2 * SIDE * SIDE)
-    monkeypatch.setattr(latents, "BETWEEN_RECORDS", 1)
+    monkeypatch.setattr(module, "BETWEEN_RECORDS", 1)
 
 
 def image(number):
@@ -40,7 +39,12 @@ def image(number):
 
 
 def store(vae, read=image, flips=2, count=COUNT):
-    return stored_latents(vae, count, flips, read, {"of": "test", "flips": flips, "count": count}, "encoding")
+
+    def views(pixels):
+        return np.stack([pixels, pixels[..., ::-1]][:flips])
+
+    key = {"of": "test", "flips": flips, "count": count}
+    return stored_moments(vae, count, lambda number: views(read(number)), key, "encoding", flips, at_once=2)
 
 
 def test_they_are_the_autoencoders_of_each_image_and_its_mirror_image(vae):
@@ -51,22 +55,22 @@ def test_they_are_the_autoencoders_of_each_image_and_its_mirror_image(vae):
         for flip, pixels in enumerate((image(number), image(number)[..., ::-1].copy())):
             with torch.no_grad():
                 expected = vae.encode(torch.from_numpy(pixels)[None]).latent_dist
-            mean, std = found.read(number, flip)
+            mean, std = found.read(number, 0, flip)
             torch.testing.assert_close(mean, expected.mean[0], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(std, expected.std[0], atol=1e-5, rtol=1e-5)
 
 
 def test_they_are_computed_once(vae):
-    first = np.array(store(vae).moments)
+    first = np.array(store(vae).array)
 
     def never(number):
         raise AssertionError(f"image {number} was read again")
 
-    assert np.array_equal(store(vae, never).moments, first)
+    assert np.array_equal(store(vae, never).array, first)
 
 
 def test_a_run_that_was_cut_off_goes_on_where_it_was(vae):
-    whole = np.array(store(vae, count=COUNT).moments)
+    whole = np.array(store(vae, count=COUNT).array)
     for path in (cache_dir() / "latents").iterdir():
         path.unlink()
     read = []
@@ -81,19 +85,19 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(vae):
         store(vae, until_the_sixth)
     read.clear()
     read.append(6)  # from here on it is let through
-    assert np.array_equal(store(vae, until_the_sixth).moments, whole)
+    assert np.array_equal(store(vae, until_the_sixth).array, whole)
     assert sorted(set(read[1:]) - {0}) == [6, 7, 8]  # image 0 tells the shape
 
 
 def test_damage_is_found_told_of_once_and_mended(vae, monkeypatch):
     warned = []
-    monkeypatch.setattr(latents, "warn", warned.append)
-    whole = np.array(store(vae).moments)
+    monkeypatch.setattr(module, "warn", warned.append)
+    whole = np.array(store(vae).array)
     (path,) = (cache_dir() / "latents").glob("*.npy")
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    assert np.array_equal(store(vae).moments, whole)
+    assert np.array_equal(store(vae).array, whole)
     assert warned == [f"{path} is damaged: computing it again"]
 
 
@@ -123,39 +127,39 @@ def test_processes_at_the_same_time_do_not_write_into_one_file(vae):
         assert not wait([second], timeout=1).done
         may_go_on.set()
         one, other = first.result(60), second.result(60)
-    assert np.array_equal(one.moments, other.moments)
+    assert np.array_equal(one.array, other.array)
     (cache_dir() / "latents").rename(cache_dir() / "before")
-    assert np.array_equal(store(vae).moments, one.moments)
+    assert np.array_equal(store(vae).array, one.array)
     assert not list(cache_dir().rglob("*.lock"))
 
 
 def test_a_finished_cache_may_be_read_only(vae, monkeypatch):
-    whole = np.array(store(vae).moments)
+    whole = np.array(store(vae).array)
 
     def refuse(path):
         raise PermissionError(path)
 
-    monkeypatch.setattr(latents, "wait_for_lock", refuse)
-    assert np.array_equal(store(vae).moments, whole)
+    monkeypatch.setattr(module, "wait_for_lock", refuse)
+    assert np.array_equal(store(vae).array, whole)
 
 
 def test_at_no_moment_does_a_finished_cache_seem_damaged(vae, monkeypatch):
     """Whoever looks just before or after it gets its name either finds nothing or finds it whole."""
     warned = []
-    monkeypatch.setattr(latents, "warn", warned.append)
+    monkeypatch.setattr(module, "warn", warned.append)
     seen = []
 
     def look_after(path, text):
         write_text(path, text)
-        seen.append(latents._whole(path.with_suffix(".npy")))
+        seen.append(module._read_whole(path.with_suffix(".npy")))
 
-    monkeypatch.setattr(latents, "write_text", look_after)
-    whole = np.array(store(vae).moments)
+    monkeypatch.setattr(module, "write_text", look_after)
+    whole = np.array(store(vae).array)
     assert not warned
     assert all(found is None for found in seen)
-    monkeypatch.setattr(latents, "write_text", write_text)
+    monkeypatch.setattr(module, "write_text", write_text)
     (path,) = (cache_dir() / "latents").glob("*.npy")
     path.rename(path.with_suffix(".partial.npy"))  # killed after the record, before the file got its name
     read = []
-    assert np.array_equal(store(vae, lambda number: read.append(number) or image(number)).moments, whole)
+    assert np.array_equal(store(vae, lambda number: read.append(number) or image(number)).array, whole)
     assert read == [0]
