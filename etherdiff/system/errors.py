@@ -10,6 +10,7 @@ C = TypeVar("C")
 D = TypeVar("D")
 E = TypeVar("E")
 F = TypeVar("F")
+Value = TypeVar("Value", covariant=True)
 P = ParamSpec("P")
 
 
@@ -42,10 +43,10 @@ class Stopped(BaseException):  # like KeyboardInterrupt, not to be taken for a f
 
 
 @dataclass(frozen=True)
-class Answer(Generic[A]):
+class Answer(Generic[Value]):
     """The result of something that was attempted. True if there is one."""
 
-    value: A | None
+    value: Value | None
     there: bool = True
 
     def __bool__(self) -> bool:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from etherdiff.train.cache import cached, digest
 from safetensors.torch import save_file
 
 from etherdiff.train import cache
-from etherdiff.train.cache import cached, digest
 
 
 @pytest.fixture(autouse=True)
