@@ -16,8 +16,8 @@ from torch import Tensor
 
 from etherdiff.adapters.methods import METHODS
 from etherdiff.config import DreamBoothConfig
-from etherdiff.families.sd1 import Base, StableDiffusion, encode_prompts, load_tokenizer, make_pipeline
 from etherdiff.families.sampling import PAPER_SAMPLING, sample, slug
+from etherdiff.families.sd1 import Base, StableDiffusion, encode_prompts, load_tokenizer, make_pipeline
 from etherdiff.images.crops import resize_and_crop, to_array
 from etherdiff.images.png import save_png
 from etherdiff.images.reading import UnreadableImage, read_image, read_images

@@ -21,8 +21,8 @@ from etherdiff.adapters.methods import METHODS, magnitude_config
 from etherdiff.config import S2IConfig
 from etherdiff.control.datasets import ControlDataset, Pair
 from etherdiff.control.pipeline import HintEncoder
-from etherdiff.families.sd1 import StableDiffusion, encode_prompts
 from etherdiff.families.sampling import S2I_SAMPLING
+from etherdiff.families.sd1 import StableDiffusion, encode_prompts
 from etherdiff.images.crops import to_array
 from etherdiff.runs.control import load_hint_encoder, make_s2i_pipeline, open_control_run, run_dataset
 from etherdiff.runs.folder import RunFolder

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from etherdiff.config import TrainConfig
 from etherdiff.control.pipeline import HintEncoder
-from etherdiff.families.sd1 import StableDiffusion, encode_prompts
 from etherdiff.families.sampling import chunks, sample, sheet
+from etherdiff.families.sd1 import StableDiffusion, encode_prompts
 from etherdiff.images.png import save_png
 from etherdiff.runs.folder import RunFolder
 

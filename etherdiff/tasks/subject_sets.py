@@ -12,8 +12,8 @@ from PIL import Image
 
 from etherdiff.config import DreamBoothConfig, SubjectConfig, SubjectEvalOptions
 from etherdiff.families.bases import find_base
-from etherdiff.families.sd1 import Base, load_base, make_pipeline
 from etherdiff.families.sampling import PAPER_SAMPLING, chunks, sample, slug
+from etherdiff.families.sd1 import Base, load_base, make_pipeline
 from etherdiff.images.reading import read_images
 from etherdiff.runs.base import refuse_other_base
 from etherdiff.runs.run import Run

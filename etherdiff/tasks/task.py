@@ -14,8 +14,8 @@ from etherdiff.adapters.io import save_adapter
 from etherdiff.adapters.methods import add_adapter, trainable_parameters
 from etherdiff.config import RunConfig, TrainConfig
 from etherdiff.control.pipeline import HintEncoder, added_hint
-from etherdiff.families.sd1 import StableDiffusion
 from etherdiff.families.loss import denoising_loss, loss_weighting
+from etherdiff.families.sd1 import StableDiffusion
 from etherdiff.runs.folder import RunFolder, manifest_of, write_manifest
 from etherdiff.runs.run import Run
 from etherdiff.system.terminal import warn

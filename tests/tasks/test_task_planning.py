@@ -15,7 +15,7 @@ from etherdiff.families.bases import ALIASES
 from etherdiff.system.errors import UserError
 from etherdiff.system.terminal import console
 from etherdiff.tasks import planning as plan_module
-from etherdiff.tasks.planning import plan_dreambooth
+from etherdiff.tasks.dreambooth import plan_dreambooth
 from etherdiff.tiny import tiny_folder
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, so this is no mistake")
