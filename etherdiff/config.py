@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from etherdiff.system.errors import UserError
+from etherdiff.system.text import read_user_text
 
 MethodName = Literal["ether", "ether+", "ether+one-sided", "lora", "oft", "naive", "boft", "hra", "vera", "full"]
 S2IMethodName = Literal[MethodName, "none"]
@@ -510,11 +511,11 @@ def load_yaml(path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_RECIPE_BYTES:
             raise UserError(f"{path}: too large for a recipe ({path.stat().st_size:,} bytes)")
-        return yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+        return yaml.load(read_user_text(path), _PlainLoader)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such recipe file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except NOT_YAML as error:
         raise UserError(f"{path}: is not valid YAML: {error}") from error
 

@@ -11,6 +11,7 @@ from etherdiff.system.errors import UserError
 from etherdiff.system.files import file_hash
 from etherdiff.system.paths import cache_dir
 from etherdiff.system.terminal import track
+from etherdiff.system.text import read_user_json, read_user_text
 
 BLIP = "Salesforce/blip-image-captioning-base"
 MAX_NEW_TOKENS = 40
@@ -53,11 +54,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         UserError: the file cannot be read as text.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_user_text(path).split("\n"), 1):
         if line.strip():
             try:
                 yield number, json.loads(line)
@@ -110,8 +107,8 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     lines = list(read_lines(path))
     if len(lines) == 1 or (lines and lines[0][1] is None):  # not one object per line: one value in all?
         try:
-            whole = json.loads(path.read_text(encoding="utf-8-sig"))
-        except ValueError:
+            whole = read_user_json(path)
+        except UserError:
             whole = None
         if isinstance(whole, list):
             yield from ((f"entry {number}", entry) for number, entry in enumerate(whole, 1))

@@ -15,6 +15,7 @@ from etherdiff.images.reading import IMAGE_SUFFIXES, list_images
 from etherdiff.system.errors import UserError
 from etherdiff.system.hub import fetch
 from etherdiff.system.paths import ASSETS
+from etherdiff.system.text import read_user_text
 from etherdiff.tiny.dreambooth import PROMPTS as TINY_PROMPTS
 from etherdiff.tiny.dreambooth import subject_folder
 from etherdiff.tiny.subjects import SUBJECTS as TINY_SUBJECTS
@@ -72,13 +73,9 @@ def make_prompts(texts: Sequence[str], identifier: str, class_noun: str) -> tupl
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a file, one per line; empty lines and lines that start with # are left out."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts: {path} cannot be read ({error})") from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    return list(dict.fromkeys(prompts))
+    """Return the prompts of a file, one per line, each once; empty lines and lines that start with # are left out."""
+    lines = [line.strip() for line in read_user_text(path).split("\n") if not line.startswith("#")]
+    return list(dict.fromkeys(line for line in lines if line))
 
 
 def photo_of(what: str) -> str:

@@ -1,11 +1,11 @@
 """COCO 2017: train2017/, val2017/ and the captions of both; the first caption of each image is taken."""
 
-import json
 from pathlib import Path
 
 from etherdiff.control.readers import Listing, Row, caption_of, merged_captions
 from etherdiff.images.reading import list_images
 from etherdiff.system.errors import UserError
+from etherdiff.system.text import read_user_json
 
 SPLITS = ("train2017", "val2017")
 
@@ -39,10 +39,10 @@ def _annotations(root: Path, split: str) -> Path:
 
 def _first_captions(path: Path) -> dict[str, str]:
     """By image stem: of several captions, the one with the lowest id."""
+    content = read_user_json(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         stems = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
         last_first = sorted(content["annotations"], key=lambda one: one["id"], reverse=True)
         return {stems[one["image_id"]]: one["caption"].strip() for one in last_first if one["image_id"] in stems}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read as COCO's captions ({type(error).__name__}: {error})") from error

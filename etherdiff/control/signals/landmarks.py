@@ -18,6 +18,7 @@ from etherdiff.images.reading import read_image
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import file_hash, write_text
 from etherdiff.system.paths import cache_dir
+from etherdiff.system.text import read_user_text
 
 TASK_FILE = "ETHERDIFF_FACE_LANDMARKER"
 """The environment variable that names mediapipe's model (face_landmarker.task)."""
@@ -201,7 +202,7 @@ def _read(control: Path) -> tuple[FloatArray, tuple[int, int] | None]:
         if control.suffix.lower() == ".npy":
             content: Any = np.load(control, allow_pickle=False)
         else:
-            content = json.loads(control.read_text(encoding="utf-8"))
+            content = json.loads(read_user_text(control))
         told = content.get("size") if isinstance(content, dict) else None
         points = np.asarray(content["points"] if isinstance(content, dict) else content, np.float64)
         size = None if told is None else (int(told[0]), int(told[1]))

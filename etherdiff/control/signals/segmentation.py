@@ -15,6 +15,7 @@ from PIL import Image
 from etherdiff.control.signals.signal import Signal, crop_labels
 from etherdiff.system.errors import UserError
 from etherdiff.system.paths import ASSETS
+from etherdiff.system.text import read_user_json
 
 ADE20K = ASSETS / "ade20k.json"
 """The 150 classes of ADE20K's scene parsing benchmark, in the order of its label values 1 to 150 (0 is anything else), and
@@ -79,11 +80,7 @@ def find_palette(named: str) -> Palette:
         raise UserError(
             f'palette {named}: neither ade20k nor tiny nor a file; give a JSON file like {{"sky": [0, 90, 250], …}}'
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"palette {named}: cannot be read as JSON ({error})") from error
-    return _from_content(path, content)
+    return _from_content(path, read_user_json(path))
 
 
 def _from_content(path: Path, content: Any) -> Palette:
