@@ -358,6 +358,30 @@ def check_data(
         raise UserError(report.sentences())
 
 
+@command("schema", LOOK, c.SchemaOptions)
+def schema(options: c.SchemaOptions) -> None:
+    """Print the JSON schema of recipes or sweep files, with which editors complete and check them.
+
+    For yaml-language-server (VS Code, Neovim and others), write it with --output and let a file begin with:
+
+      # yaml-language-server: $schema=FILE
+    """
+    from etherdiff.use.schema import make_schema
+
+    text = json.dumps(make_schema(options), indent=2, ensure_ascii=False) + "\n"
+    if options.output is None:
+        typer.echo(text, nl=False)
+        return
+    from etherdiff.system.files import write_text
+    from etherdiff.system.terminal import say
+
+    try:
+        write_text(options.output, text)
+    except OSError as error:
+        raise UserError(f"output: {options.output} cannot be written ({error.strerror})") from error
+    say(f"{options.output}: let a file begin with  # yaml-language-server: $schema={options.output}")
+
+
 app.add_typer(data, name="data", rich_help_panel=LOOK)
 
 

@@ -133,7 +133,7 @@ class TrainConfig(AdapterConfig):
             raise ValueError("weighs the loss as min_snr_gamma does: give one of them")
         return wanted
 
-    @field_validator("mixed_precision", mode="before")
+    @field_validator("mixed_precision", mode="before", json_schema_input_type=Literal["no", "fp16", "bf16", False])
     @classmethod
     def _no_is_no_boolean(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML reads a bare `no` so
@@ -161,7 +161,7 @@ class DreamBoothConfig(SubjectConfig, TrainConfig):
     flip: bool = Field(False, description="mirror half of the samples")
     skip_bad: bool = Field(False, description="leave unreadable images out instead of stopping")
 
-    @field_validator("eval_scores", mode="before")
+    @field_validator("eval_scores", mode="before", json_schema_input_type=Literal["auto", "on", "off"] | bool)
     @classmethod
     def _on_and_off_are_no_booleans(cls, value: Any) -> Any:
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # YAML reads a bare `on` so
@@ -227,6 +227,8 @@ class PerturbConfig(SubjectConfig):
 
 RunConfig: TypeAlias = TrainConfig | PerturbConfig
 """What a run folder's run.yaml holds."""
+TASK_CONFIGS: dict[str, type[RunConfig]] = {"dreambooth": DreamBoothConfig, "s2i": S2IConfig, "perturb": PerturbConfig}
+"""By the task's name in run.yaml."""
 
 # --- The other commands ----------------------------------------------------------------------------------------------
 
@@ -314,6 +316,14 @@ class ControlEvalOptions(EvalOptions):
     shuffle_maps: bool = Field(False, description="also draw each prompt with another map, scored against its own")
     without_control: bool = Field(False, description="also draw without any map")
     real: bool = Field(False, description="also score the real images")
+
+
+EVAL_OPTIONS: dict[str, type[EvalOptions]] = {
+    "dreambooth": SubjectEvalOptions,
+    "s2i": ControlEvalOptions,
+    "perturb": SubjectEvalOptions,
+}
+"""By the task's name in run.yaml."""
 
 
 class CompareOptions(Options):
@@ -447,6 +457,10 @@ class Resources(Options):
         if gpus > 1 and gpus != int(gpus):
             raise ValueError("must be a fraction of one, or a whole number")
         return gpus
+
+
+SWEEP_OWN_KEYS = ("output", "overwrite", "dry_run")
+"""Keys of a configuration that a sweep sets itself."""
 
 
 class SweepFile(Options):
