@@ -12,11 +12,10 @@ import torch
 import yaml
 
 from etherdiff import __version__
-from etherdiff.config import DreamBoothConfig, PerturbConfig, RunConfig, S2IConfig
+from etherdiff.config import RunConfig
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import file_hash, write_json, write_text
 
-TASKS: dict[str, type[RunConfig]] = {"dreambooth": DreamBoothConfig, "s2i": S2IConfig, "perturb": PerturbConfig}
 SEAL = "# sha256 of what follows: "
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
 

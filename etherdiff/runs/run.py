@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from etherdiff.config import RunConfig, S2IConfig, load_run_config, load_yaml
-from etherdiff.runs.folder import TASKS, RunFolder, check_result, manifest_of, read_metrics
+from etherdiff.config import TASK_CONFIGS, RunConfig, S2IConfig, load_run_config, load_yaml
+from etherdiff.runs.folder import RunFolder, check_result, manifest_of, read_metrics
 from etherdiff.runs.result import Best, Cost, EvalResult, Record, Score, read_record, read_result
 from etherdiff.system.errors import UserError
 
@@ -73,7 +73,7 @@ class Run:
             told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
             raise UserError(f"{folder.settings} is not what a run wrote ({told}): start the run again") from error
         try:
-            config = load_run_config(TASKS[provenance.task], content | {"output": str(path)})
+            config = load_run_config(TASK_CONFIGS[provenance.task], content | {"output": str(path)})
         except UserError as error:
             version = provenance.versions.get("etherdiff", "another version")
             raise UserError(

@@ -6,7 +6,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
 from etherdiff.sweeps.execute import Orders, Outcome, do_unit
-from etherdiff.sweeps.units import Unit
+from etherdiff.sweeps.runs import Unit
 
 
 class Backend(Protocol):

@@ -10,9 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from etherdiff.sweeps.finished import Stage, stage_of
-from etherdiff.sweeps.states import confirm_scores, expect_scores, write_state
-from etherdiff.sweeps.units import Run, Unit
+from etherdiff.sweeps.runs import Stage, SweepRun, Unit, confirm_scores, expect_scores, stage_of, write_state
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import remove_temporary
 from etherdiff.system.locks import run_lock
@@ -79,7 +77,7 @@ def do_unit(unit: Unit, orders: Orders, stopping: Callable[[], bool] = lambda: F
 class _Doing:
     """One run being done."""
 
-    def __init__(self, run: Run, unit: Unit, orders: Orders, stopping: Callable[[], bool], place: str) -> None:
+    def __init__(self, run: SweepRun, unit: Unit, orders: Orders, stopping: Callable[[], bool], place: str) -> None:
         self.run, self.unit, self.orders, self.stopping, self.place = run, unit, orders, stopping, place
         self.began = time.monotonic()
         self.attempts = 0

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from etherdiff.sweeps.execute import PATIENCE, Orders, Outcome, do_unit
-from etherdiff.sweeps.units import Unit
+from etherdiff.sweeps.runs import Unit
 from etherdiff.system.errors import UserError
 from etherdiff.system.signals import STOPPING
 

@@ -8,12 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from etherdiff.config import DreamBoothConfig, PerturbConfig, RunConfig, S2IConfig, TrainConfig, load_run_config
+from etherdiff.config import (
+    SWEEP_OWN_KEYS,
+    TASK_CONFIGS,
+    DreamBoothConfig,
+    PerturbConfig,
+    RunConfig,
+    S2IConfig,
+    TrainConfig,
+    load_run_config,
+)
 from etherdiff.eval.best import find_scorer
 from etherdiff.runs.folder import RunFolder, write_settings
 from etherdiff.sweeps.judging import ScoringCheck
-from etherdiff.sweeps.spec import OWN_KEYS, PREVIOUS, TASKS, Sweep, Variant
-from etherdiff.sweeps.units import Run, Unit
+from etherdiff.sweeps.runs import SweepRun, Unit
+from etherdiff.sweeps.spec import PREVIOUS, Sweep, Variant
 from etherdiff.system.errors import Problems, UserError
 from etherdiff.system.terminal import console
 from etherdiff.tasks import plan_training
@@ -29,7 +38,7 @@ def plan_units(sweep: Sweep, output: Path, for_now: bool = True) -> list[Unit]:
     units, labels = [], dict[str, str]()
     with _silence():
         for variants in sweep.units:
-            runs: list[Run] = []
+            runs: list[SweepRun] = []
             for variant in variants:
                 previous = runs[-1] if runs else None
                 run = problems.of(variant.label).attempt(_plan, sweep, variant, previous, output, check, for_now).value
@@ -45,7 +54,9 @@ def plan_units(sweep: Sweep, output: Path, for_now: bool = True) -> list[Unit]:
     return units
 
 
-def _plan(sweep: Sweep, variant: Variant, previous: Run | None, output: Path, check: ScoringCheck, for_now: bool) -> Run:
+def _plan(
+    sweep: Sweep, variant: Variant, previous: SweepRun | None, output: Path, check: ScoringCheck, for_now: bool
+) -> SweepRun:
     config = variant.config.model_copy(update={"output": output / "runs" / variant.label})
     if isinstance(config, TrainConfig):
         config = config.model_copy(update={"dry_run": not for_now})
@@ -58,13 +69,13 @@ def _plan(sweep: Sweep, variant: Variant, previous: Run | None, output: Path, ch
                 [problem.replace(folder, stands_for) if folder else problem for problem in error.problems]
             ) from None
     check(resolved, data)
-    content = resolved.model_dump(mode="json", exclude=set(OWN_KEYS))
+    content = resolved.model_dump(mode="json", exclude=set(SWEEP_OWN_KEYS))
     # without defaults, so that an option more in a later version leaves names as they are, and with the run before by its
     # name, so that another place for the sweep's folder does
-    telling = resolved.model_dump(mode="json", exclude=set(OWN_KEYS), exclude_defaults=True)
+    telling = resolved.model_dump(mode="json", exclude=set(SWEEP_OWN_KEYS), exclude_defaults=True)
     told = json.dumps(_replaced(telling, folder, previous.name if previous else ""), sort_keys=True)
     name = f"{variant.label}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
-    return Run(name, output, sweep.task, _replaced(content, folder, stands_for), sweep.scoring)
+    return SweepRun(name, output, sweep.task, _replaced(content, folder, stands_for), sweep.scoring)
 
 
 def _resolve(config: RunConfig) -> tuple[RunConfig, Any]:
@@ -85,7 +96,7 @@ def _with_previous(config: RunConfig, folder: str) -> RunConfig:
 
 
 @contextmanager
-def _stand_in(run: Run | None) -> Iterator[str]:
+def _stand_in(run: SweepRun | None) -> Iterator[str]:
     """A folder that can be planned upon as if the run had been made: its settings are there, its results are empty."""
     if run is None:
         yield ""
@@ -93,7 +104,7 @@ def _stand_in(run: Run | None) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as place:
         folder = RunFolder(Path(place) / "previous")
         folder.path.mkdir()
-        write_settings(folder, run.task, load_run_config(TASKS[run.task].config, run.config), {})
+        write_settings(folder, run.task, load_run_config(TASK_CONFIGS[run.task], run.config), {})
         for result in run.results:
             (folder.path / result.name).mkdir()
         yield str(folder.path)

@@ -12,8 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from etherdiff.sweeps.execute import Outcome
-from etherdiff.sweeps.states import read_state
-from etherdiff.sweeps.units import Run
+from etherdiff.sweeps.runs import SweepRun, read_state
 from etherdiff.system.terminal import console, say
 
 TAIL = 4096
@@ -23,7 +22,7 @@ TAIL = 4096
 class Progress:
     """A context; `update` is to be called about once a second."""
 
-    def __init__(self, runs: Sequence[Run], finished: int, session: str) -> None:
+    def __init__(self, runs: Sequence[SweepRun], finished: int, session: str) -> None:
         self.waiting = {run.name: run for run in runs}
         self.session = session
         self.finished, self.total = finished, finished + len(runs)
@@ -76,7 +75,7 @@ class Progress:
         return state.get("session") == self.session and state.get("status") in ("training", "scoring")
 
 
-def row_of(run: Run, state: dict[str, Any], seconds: float) -> list[str]:
+def row_of(run: SweepRun, state: dict[str, Any], seconds: float) -> list[str]:
     """Name, what it does, step of steps, loss, seconds since it was first seen at that."""
     last = last_row(run.folder / "metrics.jsonl")
     loss = last.get("loss")

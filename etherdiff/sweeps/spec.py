@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from etherdiff.config import (
-    ControlEvalOptions,
-    DreamBoothConfig,
+    EVAL_OPTIONS,
+    SWEEP_OWN_KEYS,
+    TASK_CONFIGS,
     EvalOptions,
-    PerturbConfig,
     Resources,
     RunConfig,
-    S2IConfig,
-    SubjectEvalOptions,
     SweepFile,
     load_run_config,
     load_yaml,
@@ -37,26 +35,7 @@ from etherdiff.system.errors import Problems, UserError
 
 PREVIOUS = "{previous}"
 """In a value under `then`: the folder of the run before."""
-OWN_KEYS = ("output", "overwrite", "dry_run")
-"""Configuration keys that the sweep sets itself."""
 MAX_RUNS = 10_000
-
-
-@dataclass(frozen=True)
-class SweepTask:
-    """What a sweep can run: a command of etherdiff that makes run folders, and how they are scored."""
-
-    command: str
-    config: type[RunConfig]
-    eval_options: type[EvalOptions]
-
-
-TASKS = {
-    "dreambooth": SweepTask("train-dreambooth", DreamBoothConfig, SubjectEvalOptions),
-    "s2i": SweepTask("train-s2i", S2IConfig, ControlEvalOptions),
-    "perturb": SweepTask("perturb", PerturbConfig, SubjectEvalOptions),
-}
-"""By the names that run.yaml has for them."""
 
 
 @dataclass(frozen=True)
@@ -92,21 +71,20 @@ class Sweep:
 def read_sweep(path: Path) -> Sweep:
     """Read the runs of a sweep file. Raises one UserError with everything that is wrong with it."""
     file, problems = _read_file(path), Problems()
-    task = TASKS.get(file.task)
-    if task is None:
-        problems.add(f"task: must be {', '.join(TASKS)}, not {file.task!r}")
+    if file.task not in TASK_CONFIGS:
+        problems.add(f"task: must be {', '.join(TASK_CONFIGS)}, not {file.task!r}")
     problems.add(*_misplaced(file))
     resources = problems.of("", "resources: ").attempt(load_run_config, Resources, file.resources)
     scoring: EvalOptions | None = None
-    if task is not None and file.eval is not False:
+    if file.task in TASK_CONFIGS and file.eval is not False:
         wanted = {} if file.eval is True else file.eval
-        scoring = problems.of("", "eval: ").attempt(load_run_config, task.eval_options, wanted).value
+        scoring = problems.of("", "eval: ").attempt(load_run_config, EVAL_OPTIONS[file.task], wanted).value
     problems.raise_if_any(f"{path}: ")
     asked, units = list(_units(file)), []
     for unit in asked:
         variants = []
         for label, values in unit:
-            config = problems.of(label).attempt(_configure, path, TASKS[file.task].config, file.recipe, values)
+            config = problems.of(label).attempt(_configure, path, TASK_CONFIGS[file.task], file.recipe, values)
             variants += [Variant(label, values, config.value)] if config.value else []
         units.append(tuple(variants))
     problems.raise_if_any(f"{path}: ", sum(map(len, asked)))
@@ -139,7 +117,7 @@ def _misplaced(file: SweepFile) -> list[str]:
     if isinstance(file.eval, dict) and "overwrite" in file.eval:
         found.append("eval: overwrite: the sweep chooses it itself; leave it out")
     for part in (file.settings, file.grid, *file.runs, *later):
-        found += [f"{key}: the sweep chooses it itself; leave it out" for key in OWN_KEYS if key in part]
+        found += [f"{key}: the sweep chooses it itself; leave it out" for key in SWEEP_OWN_KEYS if key in part]
     both = {key for alternative in file.runs for key in alternative if key in file.grid}
     found += [f"{key}: must not be both in grid and in runs" for key in sorted(both)]
     firsts = [file.settings, *file.grid.values(), *({**one, "then": None} for one in file.runs)]

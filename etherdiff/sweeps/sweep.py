@@ -13,12 +13,10 @@ import yaml
 from etherdiff.config import SweepOptions
 from etherdiff.sweeps.backend import Backend, Here
 from etherdiff.sweeps.execute import Orders, Outcome
-from etherdiff.sweeps.finished import Stage, stage_of
 from etherdiff.sweeps.planning import plan_units
 from etherdiff.sweeps.progress import Progress
+from etherdiff.sweeps.runs import Stage, SweepRun, Unit, expect_scores, shell_command, stage_of
 from etherdiff.sweeps.spec import Sweep, read_sweep
-from etherdiff.sweeps.states import expect_scores
-from etherdiff.sweeps.units import Run, Unit, shell_command
 from etherdiff.system import signals
 from etherdiff.system.errors import Problems, RunError, Stopped, UserError
 from etherdiff.system.files import write_text
@@ -124,7 +122,7 @@ def write_files(planned: Planned) -> None:
             write_text(run.recipe, yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
 
 
-def _commands(run: Run, stage: Stage) -> list[list[str]]:
+def _commands(run: SweepRun, stage: Stage) -> list[list[str]]:
     """What is left to do of a run."""
     make = {Stage.ABSENT: [run.make_command()], Stage.BEGUN: [run.resume_command()]}.get(stage, [])
     return make + ([] if run.scoring is None else [run.score_command()])

@@ -16,8 +16,7 @@ from etherdiff.config import SweepOptions
 from etherdiff.runs.folder import RunFolder
 from etherdiff.sweeps import execute
 from etherdiff.sweeps.execute import Interrupted, Orders, do_unit
-from etherdiff.sweeps.finished import Stage, stage_of
-from etherdiff.sweeps.states import expect_scores, read_state
+from etherdiff.sweeps.runs import Stage, expect_scores, read_state, stage_of
 from etherdiff.sweeps.sweep import plan_sweep, write_files
 from etherdiff.system.locks import run_lock
 

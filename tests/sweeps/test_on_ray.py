@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from sweeps.sweep_files import events, options, run_sweep, start, wait_until, write_file
 
-from etherdiff.sweeps.states import read_state
+from etherdiff.sweeps.runs import read_state
 from etherdiff.sweeps.sweep import plan_sweep
 from etherdiff.system.errors import UserError
 

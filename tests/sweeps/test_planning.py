@@ -8,8 +8,8 @@ from sweeps.sweep_files import TINY, write_file
 from etherdiff.config import DreamBoothConfig
 from etherdiff.eval.best import find_scorer
 from etherdiff.sweeps.planning import plan_units
+from etherdiff.sweeps.runs import shell_command
 from etherdiff.sweeps.spec import read_sweep
-from etherdiff.sweeps.units import shell_command
 from etherdiff.system.errors import UserError
 from etherdiff.tasks import plan_training
 

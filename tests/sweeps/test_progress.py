@@ -9,7 +9,7 @@ from sweeps.sweep_files import write_file
 from etherdiff.config import SweepOptions
 from etherdiff.sweeps.execute import Outcome
 from etherdiff.sweeps.progress import Progress, last_row
-from etherdiff.sweeps.states import write_state
+from etherdiff.sweeps.runs import write_state
 from etherdiff.sweeps.sweep import plan_sweep
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from etherdiff.config import ControlEvalOptions, Resources, SubjectEvalOptions
+from etherdiff.sweeps.runs import SweepRun
 from etherdiff.sweeps.spec import read_sweep
-from etherdiff.sweeps.units import Run
 from etherdiff.system.errors import UserError
 
 
@@ -96,19 +96,19 @@ def test_scoring_is_what_eval_is_told(read, tmp_path):
     }
     scoring = read({"task": "dreambooth", "settings": {"subject": "dog"}, "eval": told}).scoring
     assert isinstance(scoring, SubjectEvalOptions)
-    run = Run("dog", tmp_path, "dreambooth", {}, scoring)
+    run = SweepRun("dog", tmp_path, "dreambooth", {}, scoring)
     flags = "--metrics dino,clip_t --backbone clip=a --backbone dino=b --steps 20 --num 3 --plain-clip-t --no-base"
     assert run.score_command() == ["eval", str(run.folder), *flags.split(), "--overwrite"]
     assert run.scoring_record() == {**told, "metrics": "dino,clip_t"}
 
 
 def test_a_state_knows_options_however_they_were_written(tmp_path):
-    run = Run("dog", tmp_path, "dreambooth", {}, SubjectEvalOptions(metrics="dino, clip_t", num=4))
+    run = SweepRun("dog", tmp_path, "dreambooth", {}, SubjectEvalOptions(metrics="dino, clip_t", num=4))
     for record in (run.scoring_record(), {"metrics": "dino,clip_t", "num": 4}, {"metrics": ["dino", "clip_t"], "base": True}):
         assert run.is_scored_with(record)
     for record in ({}, None, {"metrics": "dino,clip_t", "num": 3}, {"metrics": "clip_t,dino"}, {"unknown": 1}):
         assert not run.is_scored_with(record)
-    assert not Run("dog", tmp_path, "dreambooth", {}, None).is_scored_with({})
+    assert not SweepRun("dog", tmp_path, "dreambooth", {}, None).is_scored_with({})
 
 
 def test_scoring_by_default_and_not_at_all(read):

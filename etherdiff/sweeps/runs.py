@@ -1,20 +1,29 @@
-"""The runs of a sweep, and the commands that make them."""
+"""The runs of a sweep: the commands that make them, what is noted of each in states/NAME.json, and how far each is."""
 
+import hashlib
+import json
 import shlex
 import sys
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from etherdiff.config import EvalOptions
-from etherdiff.runs.folder import RunFolder
-from etherdiff.sweeps.spec import TASKS
+from etherdiff.config import SWEEP_OWN_KEYS, EvalOptions
+from etherdiff.runs.folder import RunFolder, is_sealed
+from etherdiff.runs.identity import named_differences
+from etherdiff.runs.run import Run
+from etherdiff.system.errors import UserError
+from etherdiff.system.files import write_json
+
+COMMANDS = {"dreambooth": "train-dreambooth", "s2i": "train-s2i", "perturb": "perturb"}
+"""Task -> the command that makes its run folders."""
 
 
 @dataclass(frozen=True)
-class Run:
+class SweepRun:
     """A run of a sweep: where it belongs and what it is told."""
 
     name: str
@@ -64,7 +73,7 @@ class Run:
 
     def make_command(self) -> list[str]:
         """Arguments of etherdiff that make the run folder."""
-        return [TASKS[self.task].command, "--config", str(self.recipe), "--output", str(self.folder)]
+        return [COMMANDS[self.task], "--config", str(self.recipe), "--output", str(self.folder)]
 
     def resume_command(self) -> list[str]:
         """Arguments of etherdiff that go on with it."""
@@ -91,7 +100,7 @@ class Run:
 class Unit:
     """A run and those on top of it: done in order, in one place."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[SweepRun, ...]
     threads: int
     gpus: float
 
@@ -121,3 +130,84 @@ def shell_command(unit: Unit, arguments: list[str]) -> str:
     """A command of a unit as a shell takes it."""
     settings = [f"{name}={shlex.quote(value) if value else ''}" for name, value in unit.environment().items()]
     return " ".join([*settings, shlex.join([sys.executable, "-m", "etherdiff", *arguments])])
+
+
+# --- States ----------------------------------------------------------------------------------------------------------
+
+
+def read_state(run: SweepRun) -> dict[str, Any]:
+    """Empty where nothing is told."""
+    try:
+        content = json.loads(run.state.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_state(run: SweepRun, content: dict[str, Any]) -> None:
+    """Replace it whole."""
+    run.state.parent.mkdir(parents=True, exist_ok=True)
+    write_json(run.state, {"run": run.name, **content})
+
+
+def expect_scores(run: SweepRun, content: dict[str, Any]) -> None:
+    """The same, before a run is scored: a metrics.json that comes after this is what the run's options wrote."""
+    options = {} if run.scoring is None else {"eval": run.scoring_record(), "scores_before": scores_hash(run)}
+    write_state(run, {**content, **options})
+
+
+def confirm_scores(run: SweepRun, content: dict[str, Any]) -> None:
+    """The same, after it is scored: only this metrics.json is."""
+    options = {} if run.scoring is None else {"eval": run.scoring_record(), "scores": scores_hash(run)}
+    write_state(run, {**content, **options})
+
+
+def scores_hash(run: SweepRun) -> str | None:
+    """SHA-256 of the run's metrics.json, in hexadecimal; None where there is none."""
+    try:
+        return hashlib.sha256((run.eval / "metrics.json").read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+# --- Stages ----------------------------------------------------------------------------------------------------------
+
+
+class Stage(IntEnum):
+    """In this order."""
+
+    ABSENT = 0
+    BEGUN = 1
+    """To be resumed."""
+    MADE = 2
+    """Its result is whole; its scores, with the file's options, are not there."""
+    FINISHED = 3
+
+
+def stage_of(run: SweepRun) -> Stage:
+    """How far a run is. UserError where its folder holds a run of another configuration."""
+    folder = RunFolder(run.folder)
+    if not folder.settings.is_file():
+        return Stage.BEGUN if folder.checkpoints.is_dir() else Stage.ABSENT
+    if not is_sealed(folder.settings):
+        return Stage.BEGUN  # resuming mends it, or says why not
+    made = Run.open(run.folder)
+    there = made.config.model_dump(mode="json", exclude=set(SWEEP_OWN_KEYS))
+    if there != run.config:
+        found = "; ".join(named_differences(there, run.config)) or "other keys"
+        raise UserError(f"{run.folder} holds a run of another configuration ({found}): move it away, or remove it")
+    if not made.is_finished:
+        return Stage.BEGUN
+    return Stage.FINISHED if run.scoring is None or is_scored(run) else Stage.MADE
+
+
+def is_scored(run: SweepRun) -> bool:
+    """Whether metrics.json is what scoring with the run's options wrote.
+
+    The state tells: it has the options since before they were used, and the hash of the metrics.json that was there then,
+    so that one which came since is theirs, whoever was killed before he could write that it came.
+    """
+    state, scores = read_state(run), scores_hash(run)
+    if scores is None or not run.is_scored_with(state.get("eval")):
+        return False
+    return bool(scores == state["scores"] if "scores" in state else scores != state.get("scores_before", scores))
