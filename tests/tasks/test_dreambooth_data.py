@@ -8,7 +8,7 @@ from torch import nn
 
 from etherdiff.config import DreamBoothConfig
 from etherdiff.families.bases import find_base
-from etherdiff.families.sd1 import load_base
+from etherdiff.families.sd1 import encode_prompts, load_base
 from etherdiff.images.crops import resize_and_crop
 from etherdiff.tasks.dreambooth import crop_windows, image_moments, make_batches
 from etherdiff.tasks.task import DenoisingLoss
@@ -271,3 +271,13 @@ def test_moments_are_encoded_once_and_again_when_anything_changes(model, hashes,
     darker = [pictures[0].point(lambda value: value // 2), *pictures[1:]]
     moments_of(model, hashes, darker, config)
     assert len(calls) == len(changes) + 4
+
+
+def test_text_embeddings_are_the_pipelines(model):
+    prompts = ["a photo of sks dog", "a photo of dog", "", "dog " * 200]
+    found = encode_prompts(model.tokenizer, model.text_encoder, prompts)
+    assert found.shape == (4, 77, model.text_encoder.config.hidden_size)
+    for prompt, text in zip(prompts, found, strict=True):
+        ids = model.tokenizer(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        with torch.no_grad():
+            torch.testing.assert_close(text, model.text_encoder(ids)[0][0])

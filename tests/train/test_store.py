@@ -101,6 +101,49 @@ def test_damage_is_found_told_of_once_and_mended(vae, monkeypatch):
     assert warned == [f"{path} is damaged: computing it again"]
 
 
+@pytest.mark.parametrize("keep", [0, 1, 8, 20, 100, -1], ids=lambda keep: f"{keep} bytes")
+def test_a_torn_file_is_made_again(vae, keep):
+    whole = np.array(store(vae).array)
+    (path,) = (cache_dir() / "latents").glob("*.npy")
+    path.write_bytes(path.read_bytes()[:keep])
+    assert np.array_equal(store(vae).array, whole)
+    read = []
+    assert np.array_equal(store(vae, read.append).array, whole)  # the file is whole again
+    assert not read
+    assert len(list((cache_dir() / "latents").iterdir())) == 2  # and its record
+
+
+@pytest.mark.parametrize("record", ["", "[]", "{}", '{"done": 9}', '{"sha256": 1}', "\xff"])
+def test_a_file_whose_record_is_damaged_is_made_again(vae, record):
+    whole = np.array(store(vae).array)
+    (path,) = (cache_dir() / "latents").glob("*.json")
+    path.write_text(record)
+    assert np.array_equal(store(vae).array, whole)
+
+
+def test_a_failed_write_leaves_nothing_finished_and_the_next_succeeds(vae, monkeypatch):
+    def refuse(path, text):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_text", refuse)
+        with pytest.raises(OSError, match="disk full"):
+            store(vae)
+    assert not [path for path in (cache_dir() / "latents").glob("*.npy") if "partial" not in path.name]
+    assert len(store(vae)) == COUNT
+
+
+@pytest.mark.parametrize("limit", [0, 2**30])
+def test_small_files_are_read_whole_and_large_ones_mapped(vae, monkeypatch, limit):
+    monkeypatch.setattr(module, "MAX_IN_MEMORY", limit)
+    for found in (store(vae), store(vae)):  # computed, and found
+        assert isinstance(found.array, np.memmap) == (limit == 0)
+        mean, std = found.read(COUNT - 1, 0, 1)
+        assert mean.shape == std.shape == found.array.shape[3:]
+        mean += 1  # what was read is the reader's own
+        assert not torch.equal(mean, found.read(COUNT - 1, 0, 1)[0])
+
+
 def test_another_key_is_another_file(vae):
     store(vae)
     assert store(vae, flips=1).flips == 1
