@@ -150,7 +150,7 @@ class StepScorer:
 
 def curve_prompts(config: DreamBoothConfig) -> tuple[EvalPrompt, ...]:
     """The few prompts that are drawn along the way."""
-    texts = prompts_for(str(config.class_noun), config.identifier, tiny=config.base == "tiny")
+    texts = prompts_for(str(config.class_noun), tiny=config.base == "tiny")
     return make_prompts(texts[::EVERY], config.identifier, str(config.class_noun))
 
 

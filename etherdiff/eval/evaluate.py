@@ -252,10 +252,10 @@ def refuse_other_images(run: RunFolder, config: SubjectConfig, provenance: Mappi
         raise UserError(f"{run.path} was trained on other images than {config.subject} holds now: put them back")
 
 
-def prompt_texts(config: SubjectConfig, options: EvalOptions) -> list[str]:
-    """The prompts, with the identifier."""
+def prompt_texts(config: SubjectConfig, options: EvalOptions) -> Sequence[str]:
+    """The prompts, with the identifier or its place."""
     if options.prompts is None:
-        return prompts_for(str(config.class_noun), config.identifier, tiny=config.base == "tiny")
+        return prompts_for(str(config.class_noun), tiny=config.base == "tiny")
     texts = read_prompts(options.prompts)
     if not texts:
         raise UserError(f"prompts: {options.prompts} holds none; write one per line, with {config.identifier!r} in it")

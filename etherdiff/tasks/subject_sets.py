@@ -134,10 +134,10 @@ def refuse_other_images(run: Run, config: SubjectConfig, subject: Subject) -> No
         raise UserError(f"{run.path} was trained on other images than {config.subject} holds now: put them back")
 
 
-def find_texts(config: SubjectConfig, options: SubjectEvalOptions) -> list[str]:
-    """The prompts, with the identifier."""
+def find_texts(config: SubjectConfig, options: SubjectEvalOptions) -> Sequence[str]:
+    """The prompts, with the identifier or its place."""
     if options.prompts is None:
-        return prompts_for(str(config.class_noun), config.identifier, tiny=config.base == "tiny")
+        return prompts_for(str(config.class_noun), tiny=config.base == "tiny")
     texts = read_prompts(options.prompts)
     if not texts:
         raise UserError(f"prompts: {options.prompts} holds none; write one per line, with {config.identifier!r} in it")

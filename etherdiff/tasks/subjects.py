@@ -49,10 +49,9 @@ class Subject:
     """Further images, in the subfolder `held_out`, that nothing is learnt from: to judge by."""
 
 
-def prompts_for(class_noun: str, identifier: str, tiny: bool = False) -> list[str]:
-    """The 25 evaluation prompts of DreamBooth, "a sks dog in the jungle" and on, or those of what the tiny base knows."""
-    templates = TINY_PROMPTS if tiny else LIVE_PROMPTS if class_noun in LIVE_CLASSES else OBJECT_PROMPTS
-    return [template.format(identifier=identifier, class_noun=class_noun) for template in templates]
+def prompts_for(class_noun: str, tiny: bool = False) -> tuple[str, ...]:
+    """Return DreamBooth's 25 templates of evaluation prompts, or those of what the tiny base knows."""
+    return TINY_PROMPTS if tiny else LIVE_PROMPTS if class_noun in LIVE_CLASSES else OBJECT_PROMPTS
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,34 @@ class EvalPrompt:
 
 
 def make_prompts(texts: Sequence[str], identifier: str, class_noun: str) -> tuple[EvalPrompt, ...]:
-    """Return prompts with the identifier in them; {identifier} and {class_noun} are filled in."""
-    word = re.compile(rf"(?<!\w){re.escape(identifier)}(?!\w)\s*")
-    filled = [text.replace("{identifier}", identifier).replace("{class_noun}", class_noun) for text in texts]
-    return tuple(EvalPrompt(text, word.sub("", text).strip()) for text in filled)
+    """Fill in {identifier} and {class_noun}; in the plain form nothing stands for the identifier.
+
+    A text without {identifier} may hold the identifier itself. UserError where it is not clear which word that is.
+    """
+    values = {"identifier": identifier, "class_noun": class_noun}
+
+    def fill(template: str) -> str:  # in one pass: what is filled in is not looked at again
+        return re.sub(r"\{(identifier|class_noun)\}", lambda slot: values[slot[1]], template).strip()
+
+    templates = [_as_template(text, identifier, class_noun) for text in texts]
+    return tuple(EvalPrompt(fill(template), fill(re.sub(r"\{identifier\}\s*", "", template))) for template in templates)
+
+
+def _as_template(text: str, identifier: str, class_noun: str) -> str:
+    """Mark the identifier's place in a prompt: before the class noun, else where it stands alone."""
+    if "{identifier}" in text:
+        return text
+    word, noun = re.escape(identifier), re.escape(class_noun)
+    parts = re.compile(rf"(?<!\w)(?:(?P<named>{word}(?=\s+{noun}(?!\w)))|(?P<noun>{noun})|(?P<alone>{word}))(?!\w)")
+    found = {kind: [part for part in parts.finditer(text) if part.lastgroup == kind] for kind in ("named", "alone")}
+    places = found["named"] or found["alone"]
+    if found["alone"] and len(places) > 1:
+        raise UserError(
+            f"prompts: {text!r} holds {identifier!r} more than once: write {{identifier}} where it is the subject's"
+        )
+    for place in reversed(places):
+        text = f"{text[: place.start()]}{{identifier}}{text[place.end() :]}"
+    return text
 
 
 def read_prompts(path: Path) -> list[str]:

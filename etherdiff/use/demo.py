@@ -81,7 +81,7 @@ def run_demo(output: Path, train: Callable[[DreamBoothConfig], Path], steps: int
 def before_after(run: Path, photos: Path) -> Image.Image:
     """The subject's photos, and below them a few prompts: what the base draws, and what the run draws at the same seeds."""
     noun = SUBJECTS[SUBJECT].class_noun
-    prompts = make_prompts(prompts_for(noun, IDENTIFIER, tiny=True), IDENTIFIER, noun)
+    prompts = make_prompts(prompts_for(noun, tiny=True), IDENTIFIER, noun)
     rows = []
     for number in SHOWN:
         before = RunFolder(run).eval / BASE_IMAGES / f"{number:03d}-{slug(prompts[number].plain)}"

@@ -16,7 +16,7 @@ from etherdiff.families.sampling import save_images
 from etherdiff.families.sd1 import Base, fingerprint, load_base
 from etherdiff.images.png import save_png
 from etherdiff.runs.folder import RunFolder, write_settings
-from etherdiff.tasks.subjects import prompts_for
+from etherdiff.tasks.subjects import make_prompts, prompts_for
 
 PLACES = ["#dfe9f2", "#c9dfb8", "#f2e2c4", "#d9d2ea", "#f4d0cf", "#cfe8e4"]
 SCORES = {  # the run's, its base's, the real images'
@@ -103,7 +103,7 @@ def write_curves(path: Path, steps: int = 1200, every: int = 200, seed: int = 0)
 
 def write_evaluation(path: Path, prompts: list[str] | None = None, seeds: int = 4, side: int = 64, black: bool = True) -> None:
     """eval/ with images of the run and of its base, metrics.json and cost.json."""
-    prompts = prompts_for("ball", "sks") if prompts is None else prompts
+    prompts = [prompt.text for prompt in make_prompts(prompts_for("ball"), "sks", "ball")] if prompts is None else prompts
     folder = path / "eval"
     per_prompt = []
     for number, prompt in enumerate(prompts):

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from etherdiff.families.bases import shipped_config
-from etherdiff.tasks.subjects import SUBJECT_CLASSES, prompts_for
+from etherdiff.tasks.subjects import SUBJECT_CLASSES, make_prompts, prompts_for
 from etherdiff.tiny import dreambooth
 from etherdiff.tiny.world import CLASSES, render_scene
 
@@ -50,7 +50,7 @@ def pieces(tokenizer, text):
 
 def dreambooth_prompts():
     nouns = sorted(set(SUBJECT_CLASSES.values()))
-    return [prompt for noun in nouns for prompt in prompts_for(noun, "sks")]
+    return [prompt.text for noun in nouns for prompt in make_prompts(prompts_for(noun), "sks", noun)]
 
 
 def tiny_prompts():

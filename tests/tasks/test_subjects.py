@@ -11,7 +11,15 @@ import pytest
 from PIL import Image
 
 from etherdiff.system.errors import UserError
-from etherdiff.tasks.subjects import LIVE_CLASSES, LIVE_PROMPTS, OBJECT_PROMPTS, SUBJECT_CLASSES, find_subject, prompts_for
+from etherdiff.tasks.subjects import (
+    LIVE_CLASSES,
+    LIVE_PROMPTS,
+    OBJECT_PROMPTS,
+    SUBJECT_CLASSES,
+    find_subject,
+    make_prompts,
+    prompts_for,
+)
 
 DREAMBOOTH = Path(os.environ.get("ETHERDIFF_DATA") or Path(__file__).parents[3] / "shared/data") / "dreambooth"
 
@@ -70,9 +78,45 @@ def test_the_lists_are_those_of_the_dataset():
 
 
 def test_prompts_depend_on_the_class():
-    assert prompts_for("dog", "sks")[10] == "a sks dog wearing a red hat"
-    assert prompts_for("stuffed animal", "sks")[10] == "a sks stuffed animal with a wheat field in the background"
-    assert prompts_for("cat", "<new> {x}")[0] == "a <new> {x} cat in the jungle"
+    assert text_of("dog", "sks", 10) == "a sks dog wearing a red hat"
+    assert text_of("stuffed animal", "sks", 10) == "a sks stuffed animal with a wheat field in the background"
+    assert text_of("cat", "<new> {x}", 0) == "a <new> {x} cat in the jungle"
+
+
+def text_of(class_noun: str, identifier: str, number: int) -> str:
+    return make_prompts(prompts_for(class_noun), identifier, class_noun)[number].text
+
+
+@pytest.mark.parametrize("identifier", ["corgi", "red", "a", "hat", "dog", "{class_noun}", "<new> {x}", "(s.k", "\\1"])
+@pytest.mark.parametrize("class_noun", ["dog", "corgi dog", "red {identifier} car", "stuffed animal"])
+def test_plain_prompts_are_the_templates_without_the_identifiers_place(identifier, class_noun):
+    for tiny in (False, True):
+        templates = prompts_for(class_noun, tiny)
+        for template, prompt in zip(templates, make_prompts(templates, identifier, class_noun), strict=True):
+            before, after = template.split("{identifier} {class_noun}")
+            assert prompt.text == f"{before}{identifier} {class_noun}{after}"
+            assert prompt.plain == f"{before}{class_noun}{after}"
+
+
+@pytest.mark.parametrize(
+    ("text", "identifier", "class_noun", "plain"),
+    [
+        ("a corgi corgi dog on a corgi blanket", "corgi", "corgi dog", "a corgi dog on a corgi blanket"),
+        ("a red dog wearing a red hat", "red", "dog", "a dog wearing a red hat"),
+        ("a a dog in a house", "a", "dog", "a dog in a house"),
+        ("a red dog next to a red dog", "red", "dog", "a dog next to a dog"),
+        ("corgi next to the corgi dog", "corgi", "corgi dog", "next to the corgi dog"),
+        ("red in a red room", "red", "dog", None),
+        ("{identifier} in a red room", "red", "dog", "in a red room"),
+        ("a red {class_noun}", "red", "dog", "a dog"),
+    ],
+)
+def test_users_prompts_lose_the_identifier_where_it_is_clear_which_word_that_is(text, identifier, class_noun, plain):
+    if plain is None:
+        with pytest.raises(UserError, match=r"more than once: write \{identifier\}"):
+            make_prompts([text], identifier, class_noun)
+    else:
+        assert make_prompts([text], identifier, class_noun)[0].plain == plain
 
 
 # Folders
