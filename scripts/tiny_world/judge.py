@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from etherdiff.tiny.colours import COLOURS, name_colours
+from etherdiff.tiny.colours import COLOURS, HSV, HUED
 from etherdiff.tiny.things import Thing
 from etherdiff.tiny.world import CLASSES, GROUNDS, SKIES
 
 MIN_PIXELS = 20
 """A kind is there from this many pixels on (0.5% of the picture; the smallest things drawn have about 100)."""
+
+
+_HUES = np.array([HSV[name][0] for name in HUED])
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,22 @@ def _has_colours(pixels: NDArray[np.uint8], things: Sequence[Thing]) -> bool:
     outlines = {thing.outline for thing in things if thing.outline} - asked
     seen = Counter(COLOURS[index] for index in name_colours(pixels).ravel() if COLOURS[index] not in outlines)
     return {colour for colour, _ in seen.most_common(len(asked))} == asked
+
+
+def name_colours(pixels: NDArray[np.uint8]) -> NDArray[np.intp]:
+    """The index in `COLOURS` of each pixel, (..., 3) uint8 to (...): by hue, which shade hardly changes."""
+    rgb = pixels.astype(np.float32) / 255
+    value, low = rgb.max(-1), rgb.min(-1)
+    spread = value - low
+    safe = np.where(spread == 0, 1, spread)
+    red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
+    hue = np.where(
+        value == red,
+        (green - blue) / safe % 6,
+        np.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4),
+    )
+    distance = np.abs((hue[..., None] / 6 - _HUES + 0.5) % 1 - 0.5)
+    named = distance.argmin(-1)
+    grey = spread < 0.28 * value
+    named = np.where(grey, COLOURS.index("white"), named)
+    return np.where((value < 0.28) | (grey & (value < 0.4)), COLOURS.index("black"), named)

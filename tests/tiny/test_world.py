@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_world.judge import name_colours
 
-from etherdiff.tiny.colours import COLOURS, name_colours, sample_colour
+from etherdiff.tiny.colours import COLOURS, sample_colour
 from etherdiff.tiny.dreambooth import HELD_OUT, IMAGES, PROMPTS, subject_folder
 from etherdiff.tiny.scenery import light_under
 from etherdiff.tiny.subjects import SUBJECTS, held_out_combinations
