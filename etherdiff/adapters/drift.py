@@ -30,7 +30,7 @@ class LayerDrift:
 
 @torch.no_grad()
 def adapter_drift(model: nn.Module, name: str = "default") -> dict[str, LayerDrift]:
-    """The drift of each layer that the adapter `name` is on, in the model's order, at the scale that was trained.
+    """Return the drift of each layer that the adapter `name` is on, in the model's order, at the scale that was trained.
 
     model: what `io.load_adapter` or `methods.add_adapter` returned for a method with a PEFT type; nothing merged into it.
     """
@@ -38,7 +38,7 @@ def adapter_drift(model: nn.Module, name: str = "default") -> dict[str, LayerDri
 
 
 def full_drift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, LayerDrift]:
-    """The drift of every weight matrix and kernel (not of biases and norms) from one state dict to the other.
+    """Return the drift of every weight matrix and kernel (not of biases and norms) from one state dict to the other.
 
     KeyError where `after` lacks a name of `before`.
     """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 MAX_NEURONS = 1024
-"""Neurons of a layer that `energy_differences` looks at, unless told otherwise: the work grows with their square."""
+"""Neurons of a layer that `energy_differences` looks at by default: the work grows with their square."""
 NEAREST = 1e-6
 """Neurons nearer than this count as so far apart: below it float64's rounding in ŵ_i · ŵ_j shows."""
 CHUNK = 2**22
@@ -21,13 +21,13 @@ CHUNK = 2**22
 
 @torch.no_grad()
 def hyperspherical_energy(weight: Tensor, half_space: bool = False, neurons: int | None = None, seed: int = 0) -> float:
-    """HE(W) of a layer, over ordered pairs; 0 for fewer than two neurons, NaN where the weight holds NaN.
+    """Return HE(W) of a layer, over ordered pairs; 0 for fewer than two neurons, NaN where the weight holds NaN.
 
     Args:
         weight: (out, in), or a kernel (out, in, height, width), each of whose outputs is one neuron. A row of zeros has no
             direction and is left out.
         half_space: the half-space variant: every ŵ_i is joined by −ŵ_i, so that opposite neurons are as near as equal ones.
-        neurons: look at so many of them, drawn from `seed` and their number alone; None: at all.
+        neurons: look at so many of them, drawn from `seed` and their number alone; None: at all of them.
     """
     rows = _chosen(weight.detach().flatten(1).double(), neurons, seed)
     length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
@@ -44,7 +44,7 @@ def energy_differences(
     neurons: int | None = MAX_NEURONS,
     seed: int = 0,
 ) -> dict[str, float]:
-    """|HE(W') − HE(W)| / HE(W) of every weight matrix and kernel (not of biases and norms, nor where HE(W) is 0).
+    """Return |HE(W') − HE(W)| / HE(W) of every weight matrix and kernel (not of biases and norms, nor where HE(W) is 0).
 
     before, after: state dicts, or any weights by name; the same neurons of both are looked at. KeyError where `after` lacks a
     name of `before`.
@@ -66,7 +66,7 @@ def energy_difference(
     neurons: int | None = MAX_NEURONS,
     seed: int = 0,
 ) -> float:
-    """The mean of `energy_differences` over the layers; ValueError where there is none to look at."""
+    """Return the mean of `energy_differences` over the layers; ValueError where there is none to look at."""
     found = energy_differences(before, after, half_space, neurons, seed)
     if not found:
         raise ValueError("there is no layer with two neurons or more")
@@ -81,7 +81,7 @@ def _chosen(rows: Tensor, neurons: int | None, seed: int) -> Tensor:
 
 
 def _energy_of(unit: Tensor, start: int, end: int, half_space: bool) -> float:
-    """What the neurons from `start` to `end` add to the energy; ‖a − b‖² = 2 − 2 a·b for unit vectors."""
+    """Return what the neurons from `start` to `end` add to the energy; ‖a − b‖² = 2 − 2 a·b for unit vectors."""
     products = unit[start:end] @ unit.T
     inverse = _inverse_distance(products)
     inverse.diagonal(start).zero_()  # no neuron is a pair with itself

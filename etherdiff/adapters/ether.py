@@ -56,7 +56,7 @@ class EtherLayer(UpdateLayer):
     adapter_layer_names = ("ether_u", "ether_v", "ether_u_out", "ether_v_out")
 
     def new_parameters(self, config: EtherConfig) -> dict[str, Tensor]:
-        """u ~ Kaiming uniform (a = √5) and v = -u: ETHER+ starts as the identity, ETHER as a random reflection."""
+        """Draw u ~ Kaiming uniform (a = √5), with v = -u: ETHER+ starts as the identity, ETHER as a random reflection."""
         sides = {"": self.in_features} | ({"_out": self.out_features} if config.two_sided else {})
         parameters = {}
         for side, features in sides.items():
@@ -81,12 +81,12 @@ class EtherLayer(UpdateLayer):
         return input_side, None if u_out is None else distance_from_identity(u_out, v_out)
 
     def _sides(self, name: str) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """u and, for ETHER+, v of the input side and of the output side, as far as there are."""
+        """Yield u and, for ETHER+, v of the input side and of the output side, as far as there are."""
         u, v, u_out, v_out = self._vectors(name)
         yield from ((one, other) for one, other in ((u, v), (u_out, v_out)) if one is not None)
 
     def reach(self, name: str) -> Reach | None:
-        """‖v̂v̂ᵀ − ûûᵀ‖_F = √2 sin θ, θ the angle between u and v: there is none between single numbers."""
+        """Return how far a block can be: ‖v̂v̂ᵀ − ûûᵀ‖_F = √2 sin θ, θ the angle between u and v, which single numbers lack."""
         sides = list(self._sides(name))
         if sides[0][1] is None:
             return Reach(REFLECTION_DISTANCE, REFLECTION_DISTANCE, True)
@@ -115,7 +115,7 @@ class EtherLayer(UpdateLayer):
             return ReflectedLinear.apply(x, weight, bias, *vectors)
 
     def _can_fuse(self, adapter: str) -> bool:
-        """Whether `ReflectedLinear` computes this layer: linear and frozen, at scale 1, without dropout at work."""
+        """Return whether `ReflectedLinear` computes this layer: linear and frozen, at scale 1, without dropout at work."""
         base = self.base_layer
         # a tuple: torch.compile cannot trace a union before torch 2.7
         if not isinstance(base, (nn.Linear, Conv1D)) or self.scale[adapter] != 1:

@@ -47,7 +47,7 @@ class SavedAdapter:
     folder: Path
     config: dict[str, Any]
     base: dict[str, Any] | None
-    """What it was trained on, {"name": ..., "fingerprint": {...}}; None where nobody recorded it."""
+    """What it was trained on, {"name": ..., "fingerprint": {...}}; None if it was not recorded."""
 
     @property
     def peft_type(self) -> str:
@@ -65,14 +65,14 @@ class SavedAdapter:
         return name or "a base that was not recorded"
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the adapter, on the CPU. UserError where the file is damaged."""
+        """Return every tensor of the adapter, on the CPU. UserError where the file is damaged."""
         try:
             return load_file(self.folder / WEIGHTS)
         except (SafetensorError, OSError) as error:
             raise self._damaged(error) from error
 
     def trained_parameters(self) -> int:
-        """How many numbers were trained, by the file's header. UserError where the file is damaged."""
+        """Return how many numbers were trained, by the file's header. UserError where the file is damaged."""
         untrained = layer_types()[self.peft_type].untrained
         try:
             with safe_open(self.folder / WEIGHTS, "pt") as file:
@@ -110,7 +110,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base: dict[str, Any] | No
     """Write the adapter `name` of `model`, or the whole UNet where that was trained, in PEFT's folder format.
 
     model: what `methods.add_adapter` or `load_adapter` returned. base: {"name": ..., "fingerprint": {...}}, recorded
-    beside the adapter. Tensors are float32. The folder is replaced as a whole; UserError where it holds something else.
+    with the adapter. Tensors are float32. The folder is replaced as a whole; UserError where it holds something else.
     """
     folder = Path(folder).expanduser().resolve()
     _refuse_foreign_files(folder)
@@ -126,7 +126,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base: dict[str, Any] | No
 
 
 def _contents(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration, ready for JSON, and the tensors of one adapter, or of the whole UNet."""
+    """Return the configuration, ready for JSON, and the tensors of one adapter, or of the whole UNet."""
     if not isinstance(model, PeftModel):
         return {"peft_type": FULL, "auto_mapping": _model_class(model)}, model.state_dict()
     changes = {"inference_mode": True, "auto_mapping": _model_class(model.get_base_model())}
@@ -140,7 +140,7 @@ def _model_class(model: nn.Module) -> dict[str, str]:
 
 
 def _refuse_foreign_files(folder: Path) -> None:
-    """An adapter's folder is replaced whole, so it must not be one where someone keeps something else."""
+    """Refuse a folder that holds other files: an adapter's folder is replaced as a whole."""
     if folder.is_file():
         raise UserError(f"{folder} is a file: an adapter is saved as a folder.")
     held = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
@@ -150,7 +150,7 @@ def _refuse_foreign_files(folder: Path) -> None:
 
 
 def _find(folder: Path) -> Path:
-    """The folder with the adapter's configuration: the one given, or `adapter/` in it, as in a run."""
+    """Return the folder with the adapter's configuration: the one given, or `adapter/` in it, as in a run."""
     if folder.is_file():
         raise UserError(f"adapter {folder} is a file: give the folder that holds {CONFIG} and {WEIGHTS}.")
     if not folder.is_dir():
@@ -247,15 +247,15 @@ def load_adapters(unet: UNet2DConditionModel, adapters: Sequence[tuple[str | Pat
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The names of the adapters on `model`, in the order of loading; none on a plain or fully fine-tuned UNet."""
+    """Return the names of the adapters on `model`, in the order of loading; none on a plain or fully fine-tuned UNet."""
     return list(_configs(model))
 
 
 def merge_adapter(model: nn.Module) -> UNet2DConditionModel:
-    """The plain UNet with the updates of all active adapters folded into its weights, in place, frozen.
+    """Return the plain UNet with the updates of all active adapters folded into its weights, in place, frozen.
 
     Nothing of PEFT stays on it, so that `save_pretrained` writes the keys that everyone reads. UserError where an
-    adapter holds NaN or infinity; the model is then half merged and of no more use.
+    adapter holds NaN or infinity; the model is then half merged and cannot be used.
     """
     if isinstance(model, PeftModel):
         names = model.active_adapters
@@ -301,7 +301,7 @@ def _peft_config(saved: SavedAdapter) -> PeftConfig:
 
 
 def _insert(model: nn.Module, config: PeftConfig, name: str, saved: SavedAdapter) -> PeftModel:
-    """Freshly initialised adapter layers, in place; the global random generator is left alone."""
+    """Insert freshly initialised adapter layers, in place; the global random generator is left alone."""
     try:
         with torch.random.fork_rng(devices=[]), quiet_boft():
             if isinstance(model, PeftModel):
@@ -339,7 +339,7 @@ def _forget_peft(unet: nn.Module) -> None:
 
 
 def _check_fit(saved: SavedAdapter, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """UserError unless the file has exactly the tensors that belong on this UNet, in their shapes."""
+    """Raise UserError unless the file has exactly the tensors that belong on this UNet, in their shapes."""
     wrong_shapes = [
         f"{_layer(key)} is {tuple(tensors[key].shape)} in the file and {tuple(expected[key].shape)} here"
         for key in sorted(tensors.keys() & expected.keys())
@@ -385,7 +385,7 @@ def _activate_all(model: PeftModel) -> None:
 
 
 def refuse_inexact_lora(peft_type: str) -> None:
-    """UserError, saying why and what to do instead, where an adapter's update has no exact form of low rank."""
+    """Raise UserError, with the reason and what to do instead, where an adapter's update has no exact form of low rank."""
     why = layer_types()[peft_type].why_no_lora
     if why is not None:
         raise UserError(
@@ -396,7 +396,7 @@ def refuse_inexact_lora(peft_type: str) -> None:
 
 @torch.no_grad()
 def lora_factors(model: nn.Module, name: str = "default") -> Factors:
-    """The adapter's weight update of each layer as down (r, in) and up (out, r), float32, at its present scale.
+    """Return the adapter's weight update of each layer as down (r, in) and up (out, r), float32, at its present scale.
 
     Exact, because the update is of that rank; r is at most min(in, out). For ETHER the factors hold only on the base
     weights they were computed from. UserError for methods whose update is not of low rank.
@@ -418,7 +418,7 @@ def _refuse_lora_extras(config: PeftConfig) -> None:
 
 
 def _of_least_rank(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product in float32; where r exceeds min(in, out), with an identity on the smaller side."""
+    """Return the same product in float32; where r exceeds min(in, out), with an identity on the smaller side."""
     (rank, in_features), out_features = down.shape, len(up)
     if rank > min(in_features, out_features):
         product = up.double() @ down.double()

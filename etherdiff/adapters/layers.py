@@ -1,7 +1,7 @@
-"""What an adapted layer says about its adapter: how it transforms the weight, how far that can go, which LoRA it equals.
+"""What an adapted layer declares: how its adapter transforms the weight, how far that can go, which LoRA it equals.
 
-Our own layers say it themselves (`tuner.UpdateLayer`); PEFT's are wrapped in one of the classes below. Nobody asks a layer for
-its class: `methods.METHODS` names the class of every method.
+Our own layers declare it themselves (`tuner.UpdateLayer`); PEFT's are wrapped in one of the classes below. Nothing asks a layer
+for its class: `methods.METHODS` names the class of every method.
 """
 
 import contextlib
@@ -50,51 +50,51 @@ class AdapterLayer:
 
     @classmethod
     def of(cls, layer: Any) -> Self:
-        """What says everything below about the layer of a model; of ours, the layer itself."""
+        """Return what says everything below about the layer of a model; of ours, the layer itself."""
         return cls(layer)
 
     def in_float64(self) -> Self:
-        """A copy in float64."""
+        """Return a copy in float64."""
         return self.of(copy.deepcopy(self.layer).double())
 
     def holds(self, name: str) -> bool:
-        """Whether the adapter is on this layer."""
+        """Return whether the adapter is on this layer."""
         return any(name in getattr(self.layer, names) for names in self.layer.adapter_layer_names)
 
     def base_weight(self) -> Tensor:
-        """The weight without its adapters."""
+        """Return the weight without its adapters."""
         return self.layer.get_base_layer().weight
 
     def weight_update(self, name: str) -> Tensor:
-        """W' - W in the layer's precision, at the scale that was trained. The layer is of no use afterwards."""
+        """Return W' - W in the layer's precision, at the scale that was trained. The layer is of no use afterwards."""
         base = self.base_weight().clone()
         self.layer.merge(adapter_names=[name])
         return self.base_weight() - base
 
     def transformations(self, name: str) -> tuple[float | None, float | None]:
-        """‖T - I‖_F on the input and on the output side of W' = T_out W T_in; None where nothing multiplies."""
+        """Return ‖T - I‖_F on the input and on the output side of W' = T_out W T_in; None where nothing multiplies."""
         return None, None
 
     def reach(self, name: str) -> Reach | None:
-        """How far its random transformations can be; None where there are none."""
+        """Return how far its random transformations can be; None where there are none."""
         return None
 
     def random_parameters(self, name: str, distance: float, draw: Draw) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Parameters and the values with which each block, on each side, is at this distance."""
+        """Yield parameters and the values with which each block, on each side, is at this distance."""
         raise NotImplementedError
 
     def lora_factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """down (r, in) and up (out, r), with up @ down the update at its present scale."""
+        """Return down (r, in) and up (out, r), with up @ down the update at its present scale."""
         raise NotImplementedError
 
 
 def norm(matrix: Tensor) -> float:
-    """‖M‖_F."""
+    """Return ‖M‖_F."""
     return float(torch.linalg.vector_norm(matrix))
 
 
 def from_identity(matrices: Tensor) -> float:
-    """‖T - I‖_F of a matrix, or of diagonal blocks (n, size, size)."""
+    """Return ‖T - I‖_F of a matrix, or of diagonal blocks (n, size, size)."""
     return norm(matrices - torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device))
 
 
@@ -139,7 +139,7 @@ class HraLayer(AdapterLayer):
         return from_identity(self._rotation(name)), None
 
     def lora_factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """W Q - W = (W (Q - I) B) Bᵀ, with B an orthonormal basis of the span of the reflections' vectors."""
+        """Factor W Q - W = (W (Q - I) B) Bᵀ, with B an orthonormal basis of the span of the reflections' vectors."""
         basis = torch.linalg.qr(self.layer.hra_u[name].double()).Q
         moved = self._rotation(name).double() @ basis - basis
         return basis.T, self.base_weight().double() @ moved
@@ -177,8 +177,8 @@ class BoftLayer(AdapterLayer):
 
 
 def scaled_skew(entries: Tensor, size: int, distance: float) -> Tensor:
-    """The entries (n, size (size - 1) / 2) above the diagonal of skew matrices, each scaled so that its Cayley transform is
-    at `distance` from the identity.
+    """Scale the entries (n, size (size - 1) / 2) above the diagonal of skew matrices, so that each Cayley transform is at
+    `distance` from the identity.
 
     Where ±iσ are the eigenvalues of S, those of the Cayley transform of t S are 2 tσ / √(1 + t²σ²) from 1, so that any
     distance below 2 √r can be reached, r the rank of S.
@@ -191,7 +191,7 @@ def scaled_skew(entries: Tensor, size: int, distance: float) -> Tensor:
 
 
 def _cayley_scale(sigma: Tensor, distance: float) -> Tensor:
-    """The t at which Σ 4 t²σ² / (1 + t²σ²), which grows with t, is distance²; by bisection."""
+    """Return the t at which Σ 4 t²σ² / (1 + t²σ²), which grows with t, is distance²; by bisection."""
 
     def reached(t: Tensor) -> bool:
         squares = (t * sigma).square()
@@ -211,7 +211,7 @@ def _cayley_scale(sigma: Tensor, distance: float) -> Tensor:
 
 @contextlib.contextmanager
 def quiet_boft() -> Iterator[None]:
-    """PEFT's BOFT tries to compile a CUDA extension for every layer and warns each time that it fails.
+    """Silence PEFT's BOFT, which tries to compile a CUDA extension for every layer and warns each time that it fails.
 
     The compiler's output goes to stderr, as stdout may be read as JSON.
     """

@@ -39,7 +39,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """What a method can be told; a method reads what it knows and refuses the rest."""
+    """Options of a method; a method reads those it has and refuses the others."""
 
     targets: tuple[str, ...] = ATTENTION
     blocks: int | None = None
@@ -48,7 +48,7 @@ class MethodOptions:
 
 
 class Style(NamedTuple):
-    """How runs of a method stand in tables and figures."""
+    """How runs of a method are shown in tables and figures."""
 
     place: int
     """Place in tables and legends: as in the paper's, the methods that it does not have next to similar ones."""
@@ -71,13 +71,13 @@ class Method:
     config: Callable[[Any], PeftConfig] | None
     """Makes a PEFT config of MethodOptions; None for full fine-tuning, which has no adapter."""
     layer: type[AdapterLayer] = AdapterLayer
-    """What says everything about a layer: its transformation and reach, its LoRA form, whether it can be scaled."""
+    """Class of its layers, which declares transformation, reach, LoRA form and whether it can be scaled."""
     style: Style
     options: frozenset[str] = frozenset()
     """Which of blocks, rank and dropout it reads."""
     defaults: MethodOptions = MethodOptions()
     marks: Mapping[str, Any] = field(default_factory=dict)
-    """Entries of adapter_config.json that tell it from other methods of its PEFT type."""
+    """Entries of adapter_config.json that distinguish it from other methods of its PEFT type."""
     bound: str | None = None
     """How far its transformations can be from the identity, as a sentence; None where there is no limit."""
 
@@ -93,7 +93,7 @@ class Method:
 
 
 def peft_type_of(config: PeftConfig) -> str:
-    """The type as adapter_config.json has it."""
+    """Return the type as adapter_config.json has it."""
     return config.peft_type.value  # type: ignore[union-attr]  # set by every subclass
 
 
@@ -118,7 +118,7 @@ def _ether(summary: str, variant: str, two_sided: bool, style: Style, bound: str
 
 
 # Learning rates: of the ETHER paper (appendix C, subject-driven) for the first seven but vera's; of PEFT's own DreamBooth
-# examples for boft and hra; vera's is that of its paper's language models, nobody having published one for diffusion. For S2I
+# examples for boft and hra; vera's is that of its paper's language models, since none is published for diffusion. For S2I
 # the paper gives ether's, ether+'s, oft's and naive's, a sixth of these; the others' are a sixth as well.
 METHODS: dict[str, Method] = {
     "ether": _ether(
@@ -228,18 +228,18 @@ OTHER_STYLES = {"none": Style(0, "grey", "H"), "oft+magnitude": Style(7, "sky", 
 
 
 def label_styles() -> dict[str, Style]:
-    """How runs are shown, by their method's label, in the order of tables."""
+    """Return how runs are shown, by their method's label, in the order of tables."""
     styles = {name: method.style for name, method in METHODS.items()} | OTHER_STYLES
     return dict(sorted(styles.items(), key=lambda item: item[1].place))
 
 
 def layer_types() -> dict[str, type[AdapterLayer]]:
-    """PEFT type -> what says everything about its layers, for every type that can be read."""
+    """Return PEFT type -> class of its layers, for every type that can be read."""
     return {method.peft_type: method.layer for method in METHODS.values()} | {"MAGNITUDE": MagnitudeLayer}
 
 
 def method_of(config: Mapping[str, Any]) -> str:
-    """The name of the method that an adapter_config.json is of; of none in the table, a name to show."""
+    """Return the name of the method that an adapter_config.json is of; of none in the table, a name to show."""
     peft_type = config["peft_type"]
     for name, method in METHODS.items():
         if method.peft_type == peft_type and all(config.get(key) == value for key, value in method.marks.items()):
@@ -249,7 +249,7 @@ def method_of(config: Mapping[str, Any]) -> str:
 
 
 def magnitude_config(targets: tuple[str, ...]) -> PeftConfig:
-    """Magnitude re-fitting, the extra epoch after OFT: an adapter of its own rather than a method."""
+    """Return the config of magnitude re-fitting, the extra epoch after OFT: an adapter of its own rather than a method."""
     return MagnitudeConfig(target_modules=list(targets))
 
 
@@ -288,7 +288,7 @@ def add_adapter(unet: UNet2DConditionModel, name: str, options: MethodOptions, s
 
 
 def adapter_layers(model: nn.Module, name: str = "default") -> dict[str, AdapterLayer]:
-    """The layers that the adapter `name` is on, by their names in the plain UNet, in its order."""
+    """Return the layers that the adapter `name` is on, by their names in the plain UNet, in its order."""
     configs: Any = model.peft_config
     kind = layer_types()[peft_type_of(configs[name])]
     layers = {key: kind.of(layer) for key, layer in tuner_layers(model).items()}
@@ -296,13 +296,13 @@ def adapter_layers(model: nn.Module, name: str = "default") -> dict[str, Adapter
 
 
 def tuner_layers(model: nn.Module) -> dict[str, Any]:
-    """PEFT's layers of any adapter, by their names in the plain UNet."""
+    """Return PEFT's layers of any adapter, by their names in the plain UNet."""
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
     return {name: module for name, module in plain.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
 def _check_blocks(unet: UNet2DConditionModel, options: MethodOptions) -> None:
-    """Our own adapters check themselves; PEFT's OFT silently takes another number of blocks, and BOFT names no layer."""
+    """Refuse blocks that do not fit: PEFT's OFT silently takes another number of blocks, and BOFT names no layer."""
     config = NaiveConfig(blocks=options.blocks or 1)
     targets = [(n, m) for n, m in unet.named_modules() if isinstance(m, nn.Linear) and n.endswith(options.targets)]
     for name, layer in targets:
@@ -312,5 +312,5 @@ def _check_blocks(unet: UNet2DConditionModel, options: MethodOptions) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training changes, by name."""
+    """Return the parameters that training changes, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -39,7 +39,7 @@ class NaiveLayer(UpdateLayer):
         return {"naive_matrix": torch.eye(size).repeat(config.blocks, 1, 1)}
 
     def _departure(self, adapter: str) -> Tensor:
-        """N - I, (blocks, in/blocks, in/blocks)."""
+        """Return N - I, (blocks, in/blocks, in/blocks)."""
         matrix = self.naive_matrix[adapter]
         return matrix - torch.eye(matrix.shape[-1], device=matrix.device)
 
@@ -71,7 +71,7 @@ class NaiveLayer(UpdateLayer):
 
 
 def away_from_identity(departure: Tensor, distance: float) -> Tensor:
-    """I + G with each ‖G‖_F = distance; departure, G's direction: (n, size, size)."""
+    """Return I + G with each ‖G‖_F = distance; departure, G's direction: (n, size, size)."""
     length = torch.linalg.matrix_norm(departure, keepdim=True)
     return torch.eye(departure.shape[-1], dtype=departure.dtype) + distance * departure / length
 

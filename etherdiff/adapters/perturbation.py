@@ -7,7 +7,7 @@ Every block T of every layer, on each side that the method transforms, gets ‖T
     Naive   I + G, G random and scaled
     OFT     the Cayley transform of t S, S random and skew: any distance below 2 √r, r the rank of S
 
-Each layer says what it can (`AdapterLayer.reach`, `random_parameters`). Everything is computed in float64 and stored in the
+Each layer declares what it can (`AdapterLayer.reach`, `random_parameters`). Everything is computed in float64 and stored in the
 adapter's float32.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from etherdiff.adapters.methods import adapter_layers
 
 Normal = Callable[[int, tuple[int, ...]], Tensor]
-"""Standard normal numbers of a shape; the first argument tells the tensors of one model apart."""
+"""Standard normal numbers of a shape; the first argument numbers the tensors of one model."""
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def perturb_adapter(model: nn.Module, distance: float, normal: Normal, name: str
 
 
 def distance_problem(model: nn.Module, distance: float, name: str = "default") -> str | None:
-    """Why the transformations of a model's adapter cannot be at this distance, and which can; None where they can."""
+    """Return why the transformations of a model's adapter cannot be at this distance, and which can; None where they can."""
     for key, layer in adapter_layers(model, name).items():
         reach = layer.reach(name)
         if reach is None:

@@ -34,14 +34,14 @@ class Vectors(NamedTuple):
 
 
 def normalise(u: Tensor, v: Tensor | None) -> Vectors:
-    """u, v: (n, d/n), of any length; only their directions count. No v: ETHER."""
+    """Divide u and v, (n, d/n), by their lengths: only their directions count. No v: ETHER."""
     rows = u if v is None else torch.cat([u, v])
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(EPS)
     return Vectors(rows / length, length, v is not None)
 
 
 def left_right(vectors: Vectors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """L and R, each (k, d), of H = I + Lᵀ R: a reflection (paper eq. 1) or its relaxation (eq. 2)."""
+    """Return L and R, each (k, d), of H = I + Lᵀ R: a reflection (paper eq. 1) or its relaxation (eq. 2)."""
     unit = vectors.unit
     mixing = _mixing(vectors.relaxed, unit.dtype, unit.device)
     rows = (mixing @ unit.reshape(mixing.shape[1], -1)).view(len(mixing), -1, unit.shape[1])
@@ -49,7 +49,7 @@ def left_right(vectors: Vectors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def vectors_backward(vectors: Vectors, d_left: Tensor, d_right: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Gradients of u and v from those of L and R: the adjoint of `left_right` after `normalise`."""
+    """Return gradients of u and v from those of L and R: the adjoint of `left_right` after `normalise`."""
     unit = vectors.unit
     mixing = _mixing(vectors.relaxed, unit.dtype, unit.device)
     d_rows = _extract(torch.cat([d_left, d_right]).to(unit.dtype), parts=len(mixing))
@@ -63,7 +63,7 @@ _MIXINGS: dict[tuple[bool, torch.dtype, torch.device], Tensor] = {}
 
 
 def _mixing(relaxed: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What makes [L; R] of û, or of [û; v̂]; kept, since every layer of every step asks for it."""
+    """Return what makes [L; R] of û, or of [û; v̂]; kept, since every layer of every step asks for it."""
     key = (relaxed, dtype, device)
     if key in _MIXINGS:
         return _MIXINGS[key]
@@ -75,7 +75,7 @@ def _mixing(relaxed: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _embed(blocks: Tensor) -> Tensor:
-    """Rows (parts, n, d/n), one per diagonal block, as rows (parts n, d) that are zero outside their block."""
+    """Return rows (parts, n, d/n), one per diagonal block, as rows (parts n, d) that are zero outside their block."""
     parts, n, size = blocks.shape
     if n == 1:
         return blocks.view(parts, size)
@@ -84,7 +84,7 @@ def _embed(blocks: Tensor) -> Tensor:
 
 
 def _extract(rows: Tensor, parts: int) -> Tensor:
-    """The adjoint of `_embed`: from rows (parts n, d) the part (parts, n, d/n) that lies in each row's own block."""
+    """Return the adjoint of `_embed`: from rows (parts n, d) the part (parts, n, d/n) that is in each row's own block."""
     n = len(rows) // parts
     if n == 1:
         return rows
@@ -94,7 +94,7 @@ def _extract(rows: Tensor, parts: int) -> Tensor:
 def update_factors(
     weight: Tensor, u: Tensor, v: Tensor | None, u_out: Tensor | None, v_out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`down` (r, in) and `up` (out, r) with  H̃ W H - W = up @ down,  the weight update as a LoRA of rank r.
+    """Return `down` (r, in) and `up` (out, r) with  H̃ W H - W = up @ down,  the weight update as a LoRA of rank r.
 
     r is n for ETHER, 2n for one-sided ETHER+, twice that with vectors on the output side. Differentiable in all arguments;
     computed in the vectors' precision.
@@ -109,13 +109,13 @@ def update_factors(
 
 
 def distance_from_identity(u: Tensor, v: Tensor | None) -> float:
-    """‖H - I‖_F = ‖Lᵀ R‖_F, by the k x k products of its factors; H is not built."""
+    """Return ‖H - I‖_F = ‖Lᵀ R‖_F, by the k x k products of its factors; H is not built."""
     left, right = left_right(normalise(u, v), u.dtype)
     return math.sqrt(max(0.0, float(((left @ left.T) * (right @ right.T)).sum())))
 
 
 def at_angle(u: Tensor, other: Tensor, angle: float) -> Tensor:
-    """v, each row at `angle` from the line of u's, towards `other`; all (n, size). At 0 it is −û, as where ETHER+ starts."""
+    """Return v, each row at `angle` from the line of u's, towards `other`; all (n, size). At 0 it is −û, ETHER+'s start."""
     unit = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True)
     if angle == 0:
         return -unit
@@ -186,7 +186,7 @@ class ReflectedLinear(torch.autograd.Function):
 
 
 def _product_of_updated(tokens: Tensor, numbers: Tensor | None, rows: Tensor | None, matrix: Tensor) -> Tensor:
-    """(tokens + numbersᵀ rows) @ matrix, by whichever of the two orders moves less memory; a new tensor."""
+    """Return (tokens + numbersᵀ rows) @ matrix, by whichever of the two orders moves less memory; a new tensor."""
     if numbers is None or rows is None:
         return tokens @ matrix
     if len(tokens) <= FEW_TOKENS:

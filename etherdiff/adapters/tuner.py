@@ -35,7 +35,7 @@ from etherdiff.adapters.layers import AdapterLayer
 
 @dataclass
 class UpdateConfig(PeftConfig):
-    """What every one of our adapters can be told. `target_modules` as in PEFT: name endings, or one regular expression."""
+    """Options of every adapter of ours. `target_modules` as in PEFT: name endings, or one regular expression."""
 
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "names (or name endings) of the linear layers to adapt, or one regex"}
@@ -45,7 +45,7 @@ class UpdateConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "name of the block list that layers_to_transform counts in"}
     )
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained whole beside the adapter"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained whole, next to the adapter"})
     dropout: float = field(default=0.0, metadata={"help": "probability, in [0, 1), of zeroing an input of the update"})
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class UpdateConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
 
     def problems(self) -> list[str]:
-        """Everything wrong with these settings, one sentence each."""
+        """Return everything wrong with these settings, one sentence each."""
         found = []
         if not 0 <= self.dropout < 1:
             found.append(f"dropout must be at least 0 and below 1, not {self.dropout}")
@@ -68,7 +68,7 @@ class UpdateConfig(PeftConfig):
         return found
 
     def misfit(self, in_features: int, out_features: int) -> str | None:
-        """Why a layer of this size cannot be adapted with these settings, and what would work; None if it can."""
+        """Return why a layer of this size cannot be adapted with these settings, and what would work; None if it can."""
         return None
 
 
@@ -83,7 +83,7 @@ class BlocksConfig(UpdateConfig):
         return super().problems() + ([f"blocks must be a whole number of at least 1, not {self.blocks!r}"] if wrong else [])
 
     def blocked_features(self, in_features: int, out_features: int) -> dict[str, int]:
-        """The feature counts that `blocks` has to divide, by their names."""
+        """Return the feature counts that `blocks` has to divide, by their names."""
         return {"input": in_features}
 
     def misfit(self, in_features: int, out_features: int) -> str | None:
@@ -119,21 +119,21 @@ class UpdateLayer(nn.Module, BaseTunerLayer, AdapterLayer):
     # --- what a method defines ---------------------------------------------------------------------------------------
 
     def new_parameters(self, config: Any) -> dict[str, Tensor]:
-        """Freshly initialised float32 parameters of one adapter, by the names in `adapter_layer_names`."""
+        """Return freshly initialised float32 parameters of one adapter, by the names in `adapter_layer_names`."""
         raise NotImplementedError
 
     def update_matrices(self, adapter: str, weight: Tensor) -> tuple[Tensor, ...]:
-        """Matrices whose product is the adapter's update (out, in) of `weight`, at scale 1; differentiable, float32."""
+        """Return matrices whose product is the adapter's update (out, in) of `weight`, at scale 1; differentiable, float32."""
         raise NotImplementedError
 
     def apply_update(self, adapter: str, x: Tensor) -> Tensor:
-        """The update applied to x (..., in), without the bias; (..., out)."""
+        """Return the update applied to x (..., in), without the bias; (..., out)."""
         weight = self.linear_weight()
         for matrix in reversed(self.update_matrices(adapter, weight)):
             x = F.linear(x, matrix.to(x.dtype))
         return x
 
-    # --- what it says of itself (see AdapterLayer) -------------------------------------------------------------------
+    # --- what it declares (see AdapterLayer) -------------------------------------------------------------------------
 
     @property
     def layer(self) -> Self:
@@ -163,7 +163,7 @@ class UpdateLayer(nn.Module, BaseTunerLayer, AdapterLayer):
         super().delete_adapter(adapter)
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """The factor of one adapter's update; 1 is what was trained."""
+        """Set the factor of one adapter's update; 1 is what was trained."""
         if adapter in self.scale:
             self.scale[adapter] = float(scale)
 
@@ -186,12 +186,12 @@ class UpdateLayer(nn.Module, BaseTunerLayer, AdapterLayer):
     # --- weights -----------------------------------------------------------------------------------------------------
 
     def linear_weight(self) -> Tensor:
-        """The base layer's weight as it stands, (out, in)."""
+        """Return the base layer's weight as it stands, (out, in)."""
         base: Any = self.get_base_layer()
         return base.weight.T if isinstance(base, Conv1D) else base.weight
 
     def original_weight(self) -> Tensor:
-        """The base weight without what was merged into it, (out, in)."""
+        """Return the base weight without what was merged into it, (out, in)."""
         if self._original is not None:
             return self._original
         weight = self.linear_weight().detach()
@@ -200,7 +200,7 @@ class UpdateLayer(nn.Module, BaseTunerLayer, AdapterLayer):
         return (weight.float() - sum(_product(matrices) for matrices in self._added.values())).to(weight.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The adapter's update of the original weight at its present scale, float32, in the base layer's own layout."""
+        """Return the adapter's update of the original weight at its present scale, float32, in the base layer's own layout."""
         with torch.no_grad():
             delta = _product(self._scaled_matrices(adapter, self.original_weight()))
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
@@ -233,7 +233,7 @@ class UpdateLayer(nn.Module, BaseTunerLayer, AdapterLayer):
 
     @torch.no_grad()
     def check_finite(self, adapter_names: list[str] | None = None) -> None:
-        """ValueError where merging one of the named (default: the active) adapters would break the base weight."""
+        """Raise ValueError where merging one of the named (default: the active) adapters would break the base weight."""
         weight = self.original_weight()
         for name in self._present(adapter_names):
             if not torch.isfinite(weight + _product(self._scaled_matrices(name, weight))).all():
@@ -252,7 +252,7 @@ class UpdateLayer(nn.Module, BaseTunerLayer, AdapterLayer):
     # --- forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Compute (..., in) -> (..., out)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         active = [] if self.disable_adapters or self.merged else self._present()
@@ -261,7 +261,7 @@ class UpdateLayer(nn.Module, BaseTunerLayer, AdapterLayer):
         return self.forward_with(active, x, *args, **kwargs)
 
     def _offloaded_forward(self, active: list[str], x: Tensor) -> Tensor:
-        """Under accelerate's hooks the weights may be elsewhere until the hooks run: fetch them, use them once."""
+        """Compute with weights that are elsewhere until accelerate's hooks run: fetch them, use them once."""
         hooked: list[Any] = [module for module in self.modules() if hasattr(module, "_hf_hook") and module is not self]
         for module in hooked:
             module._hf_hook.pre_forward(module)
@@ -273,7 +273,7 @@ class UpdateLayer(nn.Module, BaseTunerLayer, AdapterLayer):
         return y
 
     def forward_with(self, active: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus, for each adapter in `active`, its scaled update of x."""
+        """Return the base layer's output plus, for each adapter in `active`, its scaled update of x."""
         y = self.base_layer(x, *args, **kwargs)
         for name in active:
             update_input = F.dropout(x, self.dropout_probability[name], self.training)
@@ -286,7 +286,7 @@ def _product(matrices: tuple[Tensor, ...]) -> Tensor:
 
 
 def linear_features(layer: nn.Module) -> tuple[int, int]:
-    """(in, out) features of a torch Linear or a transformers Conv1D (GPT-2's transposed linear layer)."""
+    """Return the (in, out) features of a torch Linear or a transformers Conv1D (GPT-2's transposed linear layer)."""
     if isinstance(layer, Conv1D):
         return layer.weight.shape[0], layer.weight.shape[1]
     return layer.in_features, layer.out_features  # type: ignore[return-value]
@@ -336,7 +336,7 @@ class UpdateTuner(BaseTuner):
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, keep_original: bool = False
     ) -> None:
-        """As PEFT's; `keep_original` makes `unmerge_adapter` restore the weights bit for bit, for a copy's memory."""
+        """Merge as PEFT does; `keep_original` makes `unmerge_adapter` restore the weights bit for bit, for a copy's memory."""
         self._check_merge_allowed()
         layers = [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
         if safe_merge:
@@ -362,7 +362,7 @@ class UpdateTuner(BaseTuner):
 
 
 def layer_problem(config: UpdateConfig, name: str, module: nn.Module) -> str | None:
-    """Why the module `name` cannot be adapted, and what would work; None if it can."""
+    """Return why the module `name` cannot be adapted, and what would work; None if it can."""
     base = _unwrapped(module)
     if isinstance(module, BaseTunerLayer) and not isinstance(module, UpdateLayer):
         return f"layer {name!r} already carries an adapter of another kind ({type(module).__name__}); delete it first"

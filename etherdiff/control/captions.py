@@ -24,7 +24,7 @@ _EXAMPLES = 5
 
 
 def read_captions(path: Path) -> dict[str, str]:
-    """Captions by the stem of their image's name, from lines of JSON with an image (or a control) and a text.
+    """Return captions by the stem of their image's name, from lines of JSON with an image (or a control) and a text.
 
     A JSON array of such objects, or one object {"image": "text", …}, does as well.
 
@@ -49,7 +49,7 @@ def read_captions(path: Path) -> dict[str, str]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, content) of a file with one JSON value per line; None where a line is not JSON. Blank lines are skipped.
+    """Yield (line number, content) of a file with one JSON value per line; None for a line that is not JSON; no blank lines.
 
     Raises:
         UserError: the file cannot be read as text.
@@ -63,17 +63,17 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def first_of(entry: Any, keys: Sequence[str]) -> Any:
-    """What an object has under the first of these keys that it has; None otherwise."""
+    """Return what an object has under the first of these keys that it has; None otherwise."""
     return next((entry[key] for key in keys if key in entry), None) if isinstance(entry, dict) else None
 
 
 def stem(name: str) -> str:
-    """A file's name without folders and suffix, whichever system wrote it."""
+    """Return a file's name without folders and suffix, whichever system wrote it."""
     return PurePosixPath(name.replace("\\", "/")).stem
 
 
 def make_captions(images: Sequence[Path], device: str = "auto", model: str = BLIP, batch_size: int = BATCH) -> list[str]:
-    """A caption for each image file, by BLIP; those made before come from the cache.
+    """Return a caption for each image file, by BLIP; those made before come from the cache.
 
     Args:
         model: a hub id or a folder with a BlipForConditionalGeneration and its processor.
@@ -103,7 +103,7 @@ def make_captions(images: Sequence[Path], device: str = "auto", model: str = BLI
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, object) of everything that a caption file lists."""
+    """Yield (where, object) of everything that a caption file lists."""
     lines = list(read_lines(path))
     if len(lines) == 1 or (lines and lines[0][1] is None):  # not one object per line: one value in all?
         try:
@@ -127,7 +127,7 @@ def _hashes(images: Sequence[Path]) -> list[str]:
 
 
 def _model_key(model: str) -> str:
-    """Tells models apart: the hub id, or the hashes of a folder's files."""
+    """Return what distinguishes models: the hub id, or the hashes of a folder's files."""
     folder = Path(model).expanduser()
     if not folder.is_dir():
         return model.replace("/", "--")
@@ -136,7 +136,7 @@ def _model_key(model: str) -> str:
 
 
 def _read_made(cache: Path) -> dict[str, str]:
-    """A last line that was cut short by a kill is only made again."""
+    """Read the captions made earlier. A last line that a kill cut short is left out, and made again."""
     if not cache.is_file():
         return {}
     entries = [entry for _, entry in read_lines(cache) if isinstance(entry, dict)]
@@ -144,7 +144,7 @@ def _read_made(cache: Path) -> dict[str, str]:
 
 
 def _load(model: str, device: str) -> Callable[[list[Path]], list[str]]:
-    """What describes a batch of image files."""
+    """Return what describes a batch of image files."""
     import torch
     from transformers import AutoProcessor, BlipForConditionalGeneration
 

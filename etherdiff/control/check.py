@@ -32,7 +32,7 @@ class Report:
     """Share of each class, and of none, in all pixels; None for signals without classes."""
 
     def as_json(self) -> dict[str, Any]:
-        """The report; of each problem its count and its cases."""
+        """Return the report; of each problem its count and its cases."""
         return {
             "name": self.name,
             "signal": self.signal,
@@ -44,7 +44,7 @@ class Report:
         }
 
     def sentences(self) -> list[str]:
-        """Each problem with its count and its first few cases."""
+        """Return each problem with its count and its first few cases."""
         return [f"{self.name}: {sentence}" for sentence in sentences(self.problems)]
 
 
@@ -67,7 +67,7 @@ def check_dataset(
     palette: str | None = None,
     captions: Path | None = None,
 ) -> Report:
-    """Read every image and every control of a dataset. UserError where there is none to list."""
+    """Read every image and every control of a dataset. UserError where nothing can be listed."""
     chosen, listing = list_dataset(name, data_root, signal, palette, captions)
     rows = listing.rows()
     readings = in_threads(lambda item: _read(chosen, *item), rows, f"reading {Path(name).name}")
@@ -89,7 +89,7 @@ def check_dataset(
 
 
 def render(report: Report) -> Table:
-    """The report for people: counts, what is wrong, what to know, the commonest classes first."""
+    """Render the report for the terminal: counts, what is wrong, what to know, the commonest classes first."""
     table = Table(title=f"{report.name} ({report.signal})", show_header=False)
     for split, count in report.pairs.items():
         table.add_row(f"pairs, {split}", f"{count:,}")
@@ -149,10 +149,10 @@ def _long_captions(rows: list[tuple[str, Row]]) -> dict[str, list[str]]:
 
     from etherdiff.families.bases import shipped_config
 
-    said = [(f"{split}/{row.name}", row.text) for split, row in rows if row.text is not None]
-    if not said:
+    captions = [(f"{split}/{row.name}", row.text) for split, row in rows if row.text is not None]
+    if not captions:
         return {}
     tokenizer = CLIPTokenizer.from_pretrained(shipped_config("sd15") / "tokenizer")
-    tokens = tokenizer([text for _, text in said], truncation=False, verbose=False).input_ids
-    long = [f"{where}: {len(ids)}" for (where, _), ids in zip(said, tokens, strict=True) if len(ids) > TOKENS]
+    tokens = tokenizer([text for _, text in captions], truncation=False, verbose=False).input_ids
+    long = [f"{where}: {len(ids)}" for (where, _), ids in zip(captions, tokens, strict=True) if len(ids) > TOKENS]
     return {f"captions whose end is not read, being longer than {TOKENS} tokens": long} if long else {}

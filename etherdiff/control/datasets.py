@@ -61,7 +61,7 @@ def find_dataset(
     resolution: int = 512,
     device: str = "auto",
 ) -> ControlDataset:
-    """A dataset by name, or the folder of one, complete: every pair has its control file and its caption.
+    """Return a dataset by name, or the folder of one, complete: every pair has its control file and its caption.
 
     Args:
         name: one of `DATASETS`, a folder in the imagefolder style, or the name of one in the data root.
@@ -102,7 +102,7 @@ def list_dataset(
     captions: Path | None = None,
     resolution: int = 512,
 ) -> tuple[Signal, Listing]:
-    """The signal and what lies there, good or bad; nothing is computed, captions and derived controls may be missing.
+    """Return the signal and what is in the dataset, good or bad. Captions and derived controls may be missing.
 
     Raises:
         UserError: there is no such dataset, or nothing in it can be listed.
@@ -124,7 +124,7 @@ def list_dataset(
 
 
 def in_threads(work: Callable[[_In], _Out], items: Sequence[_In], description: str) -> list[_Out]:
-    """What `work` gives for each item, in order, with a progress bar. Image decoding leaves Python's lock to others."""
+    """Return what `work` gives for each item, in order, with a progress bar. Image decoding leaves Python's lock to others."""
     # threads that each suppress warnings would restore each other's filters in any order
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count() or 1) as pool, progress_bar() as bar:
         task = bar.add_task(description, total=len(items), note="")
@@ -160,7 +160,7 @@ DATASETS = {
 
 
 def _read(name: str, data_root: Path | None, captions: Path | None) -> tuple[Listing, Path | None]:
-    """What lies there, and the folder where it is the user's own."""
+    """Return what is in the dataset, and its folder if that is the user's own."""
     if name in DATASETS:
         return DATASETS[name].read(data_root, captions), None
     folder = Path(name).expanduser()
@@ -187,7 +187,7 @@ def _from_hub(data_root: Path | None) -> Listing:
 
 
 def _in_data_root(name: str, data_root: Path | None, folder: str | None = None) -> Path:
-    """DATA/NAME, or DATA/FOLDER."""
+    """Return DATA/NAME, or DATA/FOLDER."""
     folder = folder or name
     if data_root is None:
         raise UserError(f"{name}: point --data-root or ETHERDIFF_DATA at a folder DATA that holds DATA/{folder}")
@@ -197,7 +197,7 @@ def _in_data_root(name: str, data_root: Path | None, folder: str | None = None) 
 
 
 def _described(listing: Listing, captions: Path | None) -> Listing:
-    """With the captions of a file in place of the dataset's own; images that it does not have stay silent."""
+    """Put the captions of a file in place of the dataset's own; images that it lacks have none."""
     if captions is not None:
         texts = merged_captions([captions])
         listing.change(lambda row: replace(row, text=caption_of(texts, row.image)))
@@ -252,7 +252,7 @@ def _derive_controls(signal: Signal, listing: Listing) -> None:
 
 
 def _pairs(rows: list[Row]) -> tuple[Pair, ...]:
-    """Pairs of rows that have their control and their caption."""
+    """Return pairs of the rows that have their control and their caption."""
     return tuple(
         Pair(row.name, row.image, row.control, row.text) for row in rows if row.control is not None and row.text is not None
     )

@@ -32,7 +32,7 @@ _ONE_AT_A_TIME = Lock()  # loading, and networks that keep what they compute in 
 
 
 def annotate(name: str, image: NDArray[np.uint8], *thresholds: float) -> NDArray[np.uint8]:
-    """What the annotator draws for an RGB image (H, W, 3), in its size.
+    """Return what the annotator draws for an RGB image (H, W, 3), in its size.
 
     Raises:
         UserError: controlnet-aux cannot be imported, or its weights cannot be had.

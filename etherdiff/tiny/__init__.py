@@ -6,5 +6,5 @@ from etherdiff.system.paths import ASSETS
 
 
 def tiny_folder() -> Path:
-    """The tiny pipeline's folder, which comes with the package."""
+    """Return the tiny pipeline's folder, which comes with the package."""
     return ASSETS / "tiny" / "sd"

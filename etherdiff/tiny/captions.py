@@ -1,4 +1,4 @@
-"""What is said of a scene: in full, loosely, or of one thing only. Never where things are."""
+"""Captions of a scene: full, loose, or of one thing only. They never say where things are."""
 
 import numpy as np
 
@@ -23,7 +23,7 @@ ON = {
 
 
 def full_caption(rng: np.random.Generator, things: tuple[Thing, ...], ground: str, sky: str) -> str:
-    """Everything there is: all things with their patterns, the ground and the sky, in one of several orders."""
+    """Describe everything there is: all things with their patterns, the ground and the sky, in one of several orders."""
     named = _listed(rng, [thing_phrase(rng, thing) for thing in things])
     on, under = _pick(rng, ON[ground]), _pick(rng, UNDER[sky])
     prefix = _pick(rng, _PREFIXES)
@@ -36,7 +36,7 @@ def full_caption(rng: np.random.Generator, things: tuple[Thing, ...], ground: st
 
 
 def loose_caption(rng: np.random.Generator, things: tuple[Thing, ...], ground: str, sky: str) -> str:
-    """Some of it: some or all things, described more or less, with the ground, the sky, or neither."""
+    """Describe some of it: some or all things, described more or less, with the ground, the sky, or neither."""
     some = things if rng.random() < 0.6 else things[: rng.integers(1, len(things) + 1)]
     named = _listed(rng, [_loose_phrase(rng, thing) for thing in some])
     places = [("",), (_pick(rng, ON[ground]),), (_pick(rng, UNDER[sky]),)][rng.choice(3, p=(0.4, 0.4, 0.2))]
@@ -44,14 +44,14 @@ def loose_caption(rng: np.random.Generator, things: tuple[Thing, ...], ground: s
 
 
 def short_caption(rng: np.random.Generator, things: tuple[Thing, ...]) -> str:
-    """One thing only, by its kind and perhaps its colour, as captioners do; or as DreamBooth's prompts, without the article."""
+    """Name one thing only, by its kind and perhaps its colour, as captioners do; or without article, as DreamBooth does."""
     thing = things[rng.integers(len(things))]
     noun = thing.kind if rng.random() < 0.4 else f"{thing.colour} {thing.kind}"
     return f"a photo of {noun if rng.random() < 0.3 else _article(noun)}"
 
 
 def thing_phrase(rng: np.random.Generator, thing: Thing) -> str:
-    """A thing by all its names: 'a red and blue striped ball with a black outline'."""
+    """Return a thing by all its names: 'a red and blue striped ball with a black outline'."""
     first, second, kind = thing.colour, thing.second, thing.kind
     outlined = thing.outline is not None
     phrases = {

@@ -27,7 +27,7 @@ _JITTER = (0.018, 0.08, 0.05)  # of hue, saturation and value; half the way to t
 
 
 def sample_colour(name: str, rng: np.random.Generator) -> RGB:
-    """An RGB colour in [0, 1] that goes by this name: each thing has its own."""
+    """Return an RGB colour in [0, 1] that goes by this name: each thing has its own."""
     hue, saturation, value = (centre + width * rng.uniform(-1, 1) for centre, width in zip(HSV[name], _JITTER, strict=True))
     if name not in HUED:
         saturation = min(saturation, 0.08)
@@ -35,5 +35,5 @@ def sample_colour(name: str, rng: np.random.Generator) -> RGB:
 
 
 def as_array(rgb: RGB) -> FloatArray:
-    """(3,) float32."""
+    """Return the colour as (3,) float32."""
     return np.array(rgb, np.float32)

@@ -10,7 +10,7 @@ from etherdiff.tiny.world import render_subject
 
 IMAGES = 5
 HELD_OUT = 16
-VERSION = 1  # of what is rendered here; a new one is rendered beside the old
+VERSION = 1  # of what is rendered here; a new version is rendered into a folder of its own
 
 PROMPTS = (
     "a {identifier} {class_noun} on grass",
@@ -43,7 +43,7 @@ PROMPTS = (
 
 
 def subject_folder(name: str) -> Path:
-    """The subject's images, rendered in the cache on first use: 00.png to 04.png, and held_out/00.png to 15.png."""
+    """Return the subject's images, rendered in the cache on first use: 00.png to 04.png, and held_out/00.png to 15.png."""
     return make_once(cache_dir() / f"tiny-subjects-{VERSION}" / name, lambda folder: render_folder(name, folder))
 
 

@@ -1,4 +1,4 @@
-"""The tiny world's skies and grounds: smooth textures that an autoencoder can keep and a segmenter can tell apart."""
+"""The tiny world's skies and grounds: smooth textures that an autoencoder can keep and a segmenter can distinguish."""
 
 from collections.abc import Callable
 
@@ -19,33 +19,33 @@ _LIGHTS = {  # what each sky does to the colours below it
 
 
 def light_under(sky: str, rng: np.random.Generator) -> FloatArray:
-    """The light's colour under a sky: (3,) multipliers around 1."""
+    """Return the light's colour under a sky: (3,) multipliers around 1."""
     return as_array(_LIGHTS[sky]) * np.float32(rng.uniform(0.93, 1.05))
 
 
 def draw_sky(sky: str, rng: np.random.Generator, horizon: float) -> FloatArray:
-    """A whole canvas of sky: (64, 64, 3) in about [0, 1]."""
+    """Return a whole canvas of sky: (64, 64, 3) in about [0, 1]."""
     return _SKIES[sky](rng, horizon)
 
 
 def draw_ground(ground: str, rng: np.random.Generator, light: FloatArray) -> FloatArray:
-    """A whole canvas of ground in this light: (64, 64, 3) in about [0, 1]."""
+    """Return a whole canvas of ground in this light: (64, 64, 3) in about [0, 1]."""
     return _GROUNDS[ground](rng) * light
 
 
 def _smooth_noise(rng: np.random.Generator, rows: int, columns: int) -> FloatArray:
-    """Noise of unit size that varies over 64/rows by 64/columns pixels, interpolated between: (64, 64)."""
+    """Draw noise of unit size that varies over 64/rows by 64/columns pixels, interpolated between: (64, 64)."""
     return _stretch(rows) @ rng.standard_normal((rows, columns), np.float32) @ _stretch(columns).T
 
 
 def _stretch(cells: int) -> FloatArray:
-    """Linear interpolation from this many cells to 64: (64, cells)."""
+    """Return the linear interpolation from this many cells to 64: (64, cells)."""
     at = np.linspace(0, cells - 1, SIZE, dtype=np.float32)[:, None]
     return np.clip(1 - np.abs(at - np.arange(cells, dtype=np.float32)), 0, 1)
 
 
 def _gradient(top: RGB, bottom: RGB, end: float) -> FloatArray:
-    """From one colour at the top to another at row `end`."""
+    """Blend from one colour at the top to another at row `end`."""
     share = np.clip(_ROWS / end, 0, 1)[..., None]
     return as_array(top) * (1 - share) + as_array(bottom) * share
 

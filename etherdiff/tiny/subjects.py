@@ -50,6 +50,6 @@ SUBJECTS: dict[str, TinySubject] = {row[0]: _make(index, row) for index, row in 
 
 
 def held_out_combinations() -> frozenset[tuple[str, str, str, str | None]]:
-    """Kind, pattern and colours of every subject, and the same with the two colours exchanged."""
+    """Return kind, pattern and colours of every subject, and the same with the two colours exchanged."""
     combinations = {subject.thing.combination for subject in SUBJECTS.values()}
     return frozenset(combinations | {(kind, pattern, b, a) for kind, pattern, a, b in combinations if b})

@@ -37,7 +37,7 @@ class Thing:
 def make_thing(
     rng: np.random.Generator, kind: str, pattern: str, colour: str, second: str | None, outline: str | None
 ) -> Thing:
-    """A thing of these names with finer traits of its own."""
+    """Return a thing of these names with finer traits of its own."""
     return Thing(
         kind,
         pattern,
@@ -53,7 +53,7 @@ def make_thing(
 
 
 def sample_thing(rng: np.random.Generator, kind: str | None = None) -> Thing:
-    """Any thing, or any of this kind; a subject's combination may come up."""
+    """Draw any thing, or any of this kind; a subject's combination may come up."""
     colour, second, outline = rng.permutation(COLOURS)[:3]
     pattern = str(rng.choice(PATTERNS, p=_PATTERN_SHARES))
     return make_thing(
@@ -67,7 +67,7 @@ def sample_thing(rng: np.random.Generator, kind: str | None = None) -> Thing:
 
 
 def near_twin(rng: np.random.Generator, thing: Thing) -> Thing:
-    """Another thing of the same kind that differs in one of pattern, first colour, second colour and outline."""
+    """Draw another thing of the same kind that differs in one of pattern, first colour, second colour and outline."""
     colour, outline = (str(name) for name in rng.permutation([c for c in COLOURS if c not in _names(thing)])[:2])
     choice = rng.integers(3)
     if choice == 0:
@@ -87,7 +87,7 @@ def _names(thing: Thing) -> tuple[str | None, ...]:
 
 
 def thing_colours(thing: Thing, x: FloatArray, y: FloatArray, distance: FloatArray, radius: float) -> FloatArray:
-    """The thing's own colours at (x, y), without light: (h, w) coordinates in its frame to (h, w, 3) in [0, 1]."""
+    """Return the thing's own colours at (x, y), without light: (h, w) coordinates in its frame to (h, w, 3) in [0, 1]."""
     colours = np.broadcast_to(as_array(thing.rgb), (*x.shape, 3))
     if thing.second:
         share = _PATTERN_SHARE[thing.pattern](thing, x, y, radius)[..., None]
@@ -100,12 +100,12 @@ def thing_colours(thing: Thing, x: FloatArray, y: FloatArray, distance: FloatArr
 
 
 def thing_distance(kind: str, x: FloatArray, y: FloatArray) -> FloatArray:
-    """Signed distance to the outline of this kind of thing, negative inside; coordinates in radii, y downwards."""
+    """Return the signed distance to the outline of this kind of thing, negative inside; coordinates in radii, y downwards."""
     return _DISTANCES[kind](x, y).astype(np.float32)
 
 
 def _coverage(distance: FloatArray, radius: float) -> FloatArray:
-    """Anti-aliased share of a pixel inside, from a distance in radii."""
+    """Return the anti-aliased share of a pixel inside, from a distance in radii."""
     return np.clip(0.5 - distance * radius, 0, 1)
 
 
@@ -162,7 +162,7 @@ def _rectangle(x: FloatArray, y: FloatArray, cx: float, cy: float, half_width: f
 
 
 def _polygon(x: FloatArray, y: FloatArray, vertices: list[tuple[float, float]]) -> FloatArray:
-    """Exact distance to a simple polygon: the nearest edge, and the parity of the edges crossed to its right."""
+    """Return the exact distance to a simple polygon: the nearest edge, and the parity of the edges crossed to its right."""
     points = np.stack([x, y], -1)[..., None, :]
     start = np.array(vertices, np.float32)
     edge = np.roll(start, -1, 0) - start

@@ -75,7 +75,7 @@ class _Pose:
 
 
 def render_scene(split: str, index: int) -> Scene:
-    """Scene number `index` of a split: one to three things anywhere on the ground."""
+    """Draw scene number `index` of a split: one to three things anywhere on the ground."""
     rng = _stream(_SCENE, split, index)
     count = int(rng.choice(3, p=(0.45, 0.33, 0.22))) + 1
     things = tuple(sample_allowed(rng) for _ in range(count))
@@ -83,7 +83,7 @@ def render_scene(split: str, index: int) -> Scene:
 
 
 def render_thing(split: str, thing_index: int, view: int, sibling: int = 0) -> Scene:
-    """One individual thing, large, in scene number `view`, sometimes beside others.
+    """Return one individual thing, large, in scene number `view`, sometimes next to others.
 
     Sibling 0 is the thing itself, 1 another individual of its kind, 2 one that differs in a single trait.
     """
@@ -99,7 +99,7 @@ def render_thing(split: str, thing_index: int, view: int, sibling: int = 0) -> S
 
 
 def render_subject(name: str, view: int, held_out: bool = False) -> Scene:
-    """A DreamBooth subject in scene number `view`, alone; the held-out scenes are others than those to learn from.
+    """Return a DreamBooth subject in scene number `view`, alone; the held-out scenes are others than those to learn from.
 
     Raises:
         KeyError: no such subject.
@@ -110,19 +110,19 @@ def render_subject(name: str, view: int, held_out: bool = False) -> Scene:
 
 
 def _stream(purpose: int, split: str, *numbers: int) -> np.random.Generator:
-    """The random stream of this purpose, split and numbers: the same on every machine."""
+    """Return the random stream of this purpose, split and numbers: the same on every machine."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((purpose, SPLITS.index(split), *numbers))))
 
 
 def sample_allowed(rng: np.random.Generator, kind: str | None = None) -> Thing:
-    """Any thing, or any of this kind, whose combination is no subject's."""
+    """Draw any thing, or any of this kind, whose combination is no subject's."""
     while (thing := sample_thing(rng, kind)).combination in _HELD_OUT:
         pass
     return thing
 
 
 def _with_company(rng: np.random.Generator, thing: Thing, alone: float) -> Scene:
-    """The thing large and in front; unless alone, one smaller thing of another kind behind it."""
+    """Return the thing large and in front; unless alone, one smaller thing of another kind behind it."""
     if rng.random() < alone:
         return _compose(rng, (thing,), (13, 21))
     while (other := sample_allowed(rng)).kind == thing.kind:
@@ -151,7 +151,7 @@ def _compose(rng: np.random.Generator, things: tuple[Thing, ...], *sizes: tuple[
 
 
 def _place(rng: np.random.Generator, sizes: list[tuple[float, float]], horizon: float) -> list[_Pose]:
-    """Feet on the ground, inside the picture, hiding each other a little at most if ten tries find such a place."""
+    """Place feet on the ground, inside the picture, hiding each other a little at most if ten tries find such a place."""
     poses: list[_Pose] = []
     for low, high in sizes:
         radius = rng.uniform(low, high)
@@ -206,6 +206,6 @@ def _draw_thing(
 
 
 def _window(x: float, y: float, reach: float) -> tuple[slice, slice]:
-    """The part of the canvas within reach of a point."""
+    """Return the part of the canvas within reach of a point."""
     top, left = max(int(y - reach), 0), max(int(x - reach), 0)
     return slice(top, min(int(y + reach) + 2, SIZE)), slice(left, min(int(x + reach) + 2, SIZE))

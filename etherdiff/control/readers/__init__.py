@@ -1,4 +1,4 @@
-"""How datasets lie on the disk: one file per layout, each of which lists what it finds and what is wrong with it."""
+"""How datasets are laid out on the disk: one file per layout, each of which lists what it finds and what is wrong with it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ class Row:
 
 @dataclass
 class Listing:
-    """A dataset as it lies there, good or bad."""
+    """Everything found in a dataset, good or bad."""
 
     training: list[Row] = field(default_factory=list)
     evaluation: list[Row] = field(default_factory=list)
@@ -37,12 +37,12 @@ class Listing:
         self.training, self.evaluation = [row(one) for one in self.training], [row(one) for one in self.evaluation]
 
     def rows(self) -> list[tuple[str, Row]]:
-        """(split, row) of everything."""
+        """Return (split, row) of everything."""
         return [("training", row) for row in self.training] + [("evaluation", row) for row in self.evaluation]
 
 
 def sentences(problems: dict[str, list[str]]) -> list[str]:
-    """Each kind with its count and its first few cases."""
+    """Return each kind with its count and its first few cases."""
     return [
         f"{kind}: {len(cases)} ({', '.join(cases[:MAX_EXAMPLES])}{', …' if len(cases) > MAX_EXAMPLES else ''})"
         for kind, cases in problems.items()
@@ -50,10 +50,10 @@ def sentences(problems: dict[str, list[str]]) -> list[str]:
 
 
 def caption_of(captions: dict[str, str], image: Path) -> str | None:
-    """The caption whose image has this stem; None where there is none, or an empty one."""
+    """Return the caption whose image has this stem; None where that is missing or empty."""
     return captions.get(image.stem) or None
 
 
 def merged_captions(files: list[Path]) -> dict[str, str]:
-    """Captions by stem, of several files. UserError where one is no caption file."""
+    """Return captions by stem, of several files. UserError where one is no caption file."""
     return {name: text for path in files for name, text in read_captions(path).items()}

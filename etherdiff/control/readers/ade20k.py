@@ -12,14 +12,14 @@ HUB_DATASET = "limingcv/Captioned_ADE20K"
 
 
 def find_ade20k(data_root: Path | None) -> Path | None:
-    """The folder that holds images/ and annotations/ in the data root, if one does."""
+    """Return the folder that holds images/ and annotations/ in the data root, if one does."""
     if data_root is None:
         return None
     return next((data_root / name for name in FOLDERS if (data_root / name / "images").is_dir()), None)
 
 
 def read_ade20k(root: Path, captions: Path | None) -> Listing:
-    """Images and label maps of one stem, with captions from the file named, else from those that lie beside.
+    """Return images and label maps of one stem, with captions from the file named, else from those next to them.
 
     Raises:
         UserError: a caption file cannot be read, or a folder is missing.
@@ -32,8 +32,8 @@ def read_ade20k(root: Path, captions: Path | None) -> Listing:
     ]
     if missing:
         raise UserError([f"ade20k: {folder} is missing" for folder in missing])
-    beside = [root / name for name in CAPTION_FILES] + [root.parent / name for name in CAPTION_FILES]
-    texts = merged_captions([captions] if captions else [path for path in beside if path.is_file()])
+    nearby = [root / name for name in CAPTION_FILES] + [root.parent / name for name in CAPTION_FILES]
+    texts = merged_captions([captions] if captions else [path for path in nearby if path.is_file()])
     listing = Listing()
     listing.training = _read_split(root, "training", texts, listing)
     listing.evaluation = _read_split(root, "validation", texts, listing)

@@ -11,7 +11,7 @@ SPLITS = ("train2017", "val2017")
 
 
 def read_coco(root: Path, captions: Path | None) -> Listing:
-    """Images without controls, with the captions of annotations/, or of the file named.
+    """Return images without controls, with the captions of annotations/, or of the file named.
 
     Raises:
         UserError: a folder or the captions are missing or cannot be read.
@@ -38,7 +38,7 @@ def _annotations(root: Path, split: str) -> Path:
 
 
 def _first_captions(path: Path) -> dict[str, str]:
-    """By image stem: of several captions, the one with the lowest id."""
+    """Return captions by image stem: of several captions, the one with the lowest id."""
     content = read_user_json(path)
     try:
         stems = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}

@@ -27,7 +27,7 @@ SPLITS = {"train": "train", "training": "train", "validation": "validation", "va
 
 
 def read_hub_dataset(repo: str) -> Listing:
-    """Images, label maps and captions of a hub dataset.
+    """List the images, label maps and captions of a hub dataset.
 
     Raises:
         UserError: it cannot be fetched, or its columns are others.
@@ -74,7 +74,7 @@ def _rows(file: Any) -> Iterator[dict[str, Any]]:
 
 
 def _write_row(row: dict[str, Any], folder: Path, name: str, source: Path) -> str:
-    """The image and the map as the files they were; the row's line of metadata."""
+    """Write the image and the map as the files they were; return the row's line of metadata."""
     line: dict[str, str] = {}
     for kind, columns in (("image", IMAGE_COLUMNS), ("control", LABEL_COLUMNS)):
         content = first_of(row, columns)

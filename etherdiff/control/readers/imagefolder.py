@@ -16,7 +16,7 @@ _SHARE = 20  # one in so many is evaluated
 
 
 def read_imagefolder(root: Path) -> Listing:
-    """FOLDER/metadata.jsonl, of which 5% (1 to 500) are kept for evaluation, or FOLDER/{train,validation}/metadata.jsonl.
+    """List FOLDER/metadata.jsonl, of which 5% (1 to 500) are kept for evaluation, or FOLDER/{train,validation}/metadata.jsonl.
 
     Paths are relative to the metadata's folder and stay inside FOLDER. Which rows are kept depends on their names only.
 
@@ -40,7 +40,7 @@ def read_imagefolder(root: Path) -> Listing:
 
 
 def split_by_name(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """(training, evaluation): the rows whose names' hashes are last are evaluated, whatever the order of the lines."""
+    """Split into (training, evaluation): rows whose names' hashes are last are evaluated, whatever the order of the lines."""
     count = min(MAX_EVALUATED, max(1, len(rows) // _SHARE)) if len(rows) > 1 else 0
     last_first = sorted(rows, key=lambda row: hashlib.sha256(row.name.encode()).hexdigest(), reverse=True)
     kept = {row.name for row in last_first[:count]}
@@ -70,8 +70,8 @@ def _read_split(folder: Path, root: Path, listing: Listing) -> list[Row]:
         if name in rows:
             listing.report(f"images named twice in {where}", image_name)
         elif not escaping and not missing:
-            said = text.strip() if isinstance(text, str) else ""
-            rows[name] = Row(name, paths[0], paths[1] if control_name is not None else None, said or None)
+            caption = text.strip() if isinstance(text, str) else ""
+            rows[name] = Row(name, paths[0], paths[1] if control_name is not None else None, caption or None)
     return list(rows.values())
 
 
@@ -80,5 +80,5 @@ def _is_name(value: object) -> bool:
 
 
 def _is_inside(path: Path, root: Path) -> bool:
-    """By the name, not by what links lead to: a dataset may well be made of links."""
+    """Compare by the name, not by what links lead to: a dataset may well be made of links."""
     return Path(os.path.normpath(path)).is_relative_to(os.path.normpath(root))

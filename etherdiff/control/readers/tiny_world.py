@@ -12,20 +12,20 @@ from etherdiff.system.paths import cache_dir
 from etherdiff.system.terminal import track
 from etherdiff.tiny.world import render_scene
 
-VERSION = 1  # of what is rendered here; a new one is rendered beside the old
+VERSION = 1  # of what is rendered here; a new version is rendered into a folder of its own
 TRAINING = 6000
 EVALUATED = 400
 
 
 def read_tiny_world(evaluation: str, training_scenes: int = TRAINING, evaluated_scenes: int = EVALUATED) -> Listing:
-    """Scenes of the split train to learn from, of `evaluation` (test or validation) to judge by; captions name one thing."""
+    """List scenes of the split train, and of `evaluation` (test or validation) to judge by; captions name one thing."""
     training = read_imagefolder(scenes_folder("train", training_scenes)).training
     evaluated = read_imagefolder(scenes_folder(evaluation, evaluated_scenes)).training
     return Listing(training, evaluated)
 
 
 def scenes_folder(split: str, count: int) -> Path:
-    """The first `count` scenes of a split; under train/, images, label maps and metadata.jsonl."""
+    """Return the first `count` scenes of a split; under train/, images, label maps and metadata.jsonl."""
     folder = cache_dir() / f"tiny-scenes-{VERSION}" / f"{split}-{count}"
     return make_once(folder, lambda new: _render(split, count, new / "train"))
 

@@ -19,7 +19,7 @@ SIGNALS: dict[str, type[Signal]] = {
 
 
 def find_signal(name: str) -> type[Signal]:
-    """The kind of signal of this name. UserError where there is none."""
+    """Return the kind of signal of this name. UserError where there is none."""
     if name not in SIGNALS:
         *names, last = SIGNALS
         raise UserError(f"signal: must be {', '.join(names)} or {last}, not {name!r}")
@@ -27,7 +27,7 @@ def find_signal(name: str) -> type[Signal]:
 
 
 def make_signal(name: str, palette: str | None = None, resolution: int = 512) -> Signal:
-    """A signal by name; palette: of segmentation; resolution: that missing control files are computed at.
+    """Return a signal by name; palette: of segmentation; resolution: that missing control files are computed at.
 
     Raises:
         UserError: no such signal, or no such palette.
@@ -39,7 +39,7 @@ def make_signal(name: str, palette: str | None = None, resolution: int = 512) ->
 
 
 def recorded_signal(settings: Mapping[str, Any]) -> Signal:
-    """The signal whose `settings()` these are. UserError where they are none."""
+    """Return the signal whose `settings()` these are. UserError where they are none."""
     try:
         return SIGNALS[settings["signal"]].from_settings(settings)
     except (KeyError, TypeError) as error:

@@ -36,15 +36,15 @@ class Annotation(Signal):
         return {"signal": self.name, "resolution": self.resolution}
 
     def picture(self, control: Path, resolution: int) -> NDArray[np.uint8]:
-        """The picture's square: (resolution, resolution, 3)."""
+        """Return the picture's square: (resolution, resolution, 3)."""
         return np.asarray(resize_and_crop(read_image(control), resolution))
 
     def target(self, control: Path, resolution: int) -> NDArray[np.uint8]:
-        """The picture itself: nothing here reads it back from generated images."""
+        """Return the picture itself: nothing here reads it back from generated images."""
         return self.picture(control, resolution)
 
     def problems(self, control: Path) -> list[str]:
-        """Unreadable."""
+        """Return why the picture cannot be read."""
         try:
             read_image(control)
         except UnreadableImage as error:
@@ -60,5 +60,5 @@ class Annotation(Signal):
 
 
 def annotation(name: str) -> type[Annotation]:
-    """The signal of the annotator `name`."""
+    """Return the signal of the annotator `name`."""
     return type(f"Annotation_{name}", (Annotation,), {"name": name})

@@ -23,7 +23,7 @@ _MAX_GREY = 0.25  # of the pixels: what scaling and JPEG leave around lines is l
 
 
 def edges(image: NDArray[np.uint8], low: float = LOW, high: float = HIGH) -> NDArray[np.bool_]:
-    """Where an RGB image (H, W, 3) has edges: (H, W), by controlnet-aux. UserError where it, or OpenCV, cannot be imported."""
+    """Return where an RGB image (H, W, 3) has edges: (H, W). UserError where controlnet-aux or OpenCV cannot be imported."""
     if not any(length % STEP for length in image.shape[:2]):
         return annotate("canny", image, low, high)[..., 0] > 0
     try:
@@ -56,18 +56,18 @@ class Canny(Signal):
         return cls(settings["resolution"], settings["low"], settings["high"])
 
     def picture(self, control: Path, resolution: int) -> NDArray[np.uint8]:
-        """White edges on black: (resolution, resolution, 3)."""
+        """Return white edges on black: (resolution, resolution, 3)."""
         lines = self.target(control, resolution).astype(np.uint8) * np.uint8(255)
         return np.repeat(lines[..., None], 3, axis=2)
 
     def target(self, control: Path, resolution: int) -> NDArray[np.bool_]:
-        """Where the edges are: (resolution, resolution). Shrunk, a pixel is an edge if any in it was."""
+        """Return where the edges are: (resolution, resolution). Shrunk, a pixel is an edge if any in it was."""
         lines = Image.fromarray((_grey(control) >= _WHITE).astype(np.float32))
         size = (resolution, resolution)
         return np.asarray(lines.resize(size, Image.Resampling.BOX, box=crop_box(lines.size, resolution))) > 1e-6
 
     def problems(self, control: Path) -> list[str]:
-        """Unreadable, or something else than white lines on black."""
+        """Find what is unreadable, or something else than white lines on black."""
         try:
             grey = _grey(control)
         except UserError as error:
@@ -78,7 +78,7 @@ class Canny(Signal):
         return [f"not white lines on black: {white:.0%} of it is white"] if white > 0.5 else []
 
     def settings(self) -> dict[str, Any]:
-        """The thresholds, and the resolution that edges are looked for at."""
+        """Return the thresholds, and the resolution that edges are looked for at."""
         return {"signal": self.name, "low": self.low, "high": self.high, "resolution": self.resolution}
 
     def derive(self, image: Path, control: Path) -> None:

@@ -34,7 +34,7 @@ GROUPS_68 = (
     (60, 68, True),  # lips, outer and inner
 )
 """iBUG's 68 points: from, to, and whether the line closes."""
-_MAX_FRACTION = 2.0  # points may lie outside the image; in pixels, no face is that small
+_MAX_FRACTION = 2.0  # points may be outside the image; in pixels, no face is that small
 
 FloatArray = NDArray[np.float64]
 
@@ -61,7 +61,7 @@ class Landmarks(Signal):
         return cls()
 
     def picture(self, control: Path, resolution: int) -> NDArray[np.uint8]:
-        """White lines or dots on black: (resolution, resolution, 3)."""
+        """Return white lines or dots on black: (resolution, resolution, 3)."""
         points = self.target(control, resolution)
         image = Image.new("RGB", (resolution, resolution))
         draw = ImageDraw.Draw(image)
@@ -76,7 +76,7 @@ class Landmarks(Signal):
         return np.asarray(image)
 
     def target(self, control: Path, resolution: int) -> FloatArray:
-        """(K, 2): x and y in pixels of the square; a point outside it stays outside."""
+        """Return x and y, (K, 2), in pixels of the square; a point outside it stays outside."""
         points, size = _read(control)
         width, height = size or _assumed_size(control, points)
         if _are_fractions(points):
@@ -85,7 +85,7 @@ class Landmarks(Signal):
         return (points - (left, top)) * (resolution / (right - left))
 
     def problems(self, control: Path) -> list[str]:
-        """Unreadable, not points, or all of them outside the image."""
+        """Find files that are unreadable, not points, or all of them outside the image."""
         try:
             points, size = _read(control)
             width, height = size or _assumed_size(control, points)
@@ -96,7 +96,7 @@ class Landmarks(Signal):
         return [] if inside.any() else [f"none of its {len(points)} points is inside the image"]
 
     def settings(self) -> dict[str, Any]:
-        """Which model finds points where files lack them, if any does."""
+        """Return which model finds points where files lack them, if any does."""
         task_file = find_task_file(self.task_file)
         return {"signal": self.name, "task_sha256": file_hash(task_file) if task_file else None}
 
@@ -110,11 +110,11 @@ class Landmarks(Signal):
         return None
 
     def count(self, control: Path) -> int:
-        """How many points there are."""
+        """Return how many points there are."""
         return len(self.target(control, 1))
 
     def odd(self, counts: Sequence[Any]) -> dict[str, list[tuple[int, str]]]:
-        """Files with another number of points than most."""
+        """Find files with another number of points than most."""
         known = Counter(count for count in counts if count is not None)
         usual = known.most_common(1)[0][0] if known else None
         odd = [(place, f"{count}, most have {usual}") for place, count in enumerate(counts) if count not in (None, usual)]
@@ -136,7 +136,7 @@ class Landmarks(Signal):
 
 
 def find_task_file(named: Path | None = None) -> Path | None:
-    """The model for `detect`: the one named, else ETHERDIFF_FACE_LANDMARKER's. UserError where there is no such file."""
+    """Return the model for `detect`: the one named, else ETHERDIFF_FACE_LANDMARKER's. UserError where there is no such file."""
     path = named or (Path(os.environ[TASK_FILE]) if os.environ.get(TASK_FILE) else None)
     if path is None:
         return None
@@ -150,7 +150,7 @@ class NoFaceError(UserError):
 
 
 def detect(image: Image.Image, task_file: Path) -> FloatArray:
-    """The landmarks of the first face in an RGB image, by mediapipe Tasks: (K, 2) in pixels.
+    """Return the landmarks of the first face in an RGB image, by mediapipe Tasks: (K, 2) in pixels.
 
     Raises:
         UserError: mediapipe is not installed or cannot read the model.
@@ -177,11 +177,11 @@ def detect(image: Image.Image, task_file: Path) -> FloatArray:
 
 
 def with_size(control: Path, size: tuple[int, int]) -> Path:
-    """The file itself if it tells its image's size (or cannot be read), else a copy in the cache that does."""
+    """Return the file itself if it holds its image's size (or cannot be read), else a copy in the cache that does."""
     try:
         points, own = _read(control)
     except UserError:
-        return control  # `problems` tells what is wrong with it
+        return control  # `problems` finds what is wrong with it
     if own is not None:
         return control
     text = _as_text(points, size)
@@ -197,15 +197,15 @@ def _as_text(points: FloatArray, size: tuple[int, int]) -> str:
 
 
 def _read(control: Path) -> tuple[FloatArray, tuple[int, int] | None]:
-    """The points (K, 2) as they are in the file, and the size it tells."""
+    """Return the points (K, 2) as they are in the file, and the image's size, if that is in it."""
     try:
         if control.suffix.lower() == ".npy":
             content: Any = np.load(control, allow_pickle=False)
         else:
             content = json.loads(read_user_text(control))
-        told = content.get("size") if isinstance(content, dict) else None
+        given = content.get("size") if isinstance(content, dict) else None
         points = np.asarray(content["points"] if isinstance(content, dict) else content, np.float64)
-        size = None if told is None else (int(told[0]), int(told[1]))
+        size = None if given is None else (int(given[0]), int(given[1]))
     except Exception as error:  # JSON's, NumPy's, the disk's, and whatever another kind of content makes of it
         raise UserError(f"{control}: cannot be read as points ({type(error).__name__}: {error})") from error
     if points.ndim != 2 or points.shape[1] != 2 or not len(points) or not np.isfinite(points).all():

@@ -21,7 +21,7 @@ ADE20K = ASSETS / "ade20k.json"
 """The 150 classes of ADE20K's scene parsing benchmark, in the order of its label values 1 to 150 (0 is anything else), and
 mmsegmentation's colours of them, which ControlNet's annotators draw too.
 
-Road and skyscraper share a colour, so that a coloured map's skyscrapers are read as road; label maps tell them apart.
+Road and skyscraper share a colour, so that a coloured map's skyscrapers are read as road; label maps distinguish them.
 """
 IGNORED = 255
 """What a pixel that belongs to no class is in a target, whatever it is in the file."""
@@ -48,22 +48,22 @@ class Palette:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Palette":
-        """The palette whose `as_json()` this is. KeyError or TypeError where it is none."""
+        """Return the palette whose `as_json()` this is. KeyError or TypeError where it is none."""
         classes, ignored = tuple(content["classes"]), tuple(content["ignored"])
         colours = tuple(tuple(colour) for colour in content["colours"])
         return cls(**{**content, "classes": classes, "ignored": ignored, "colours": colours})
 
     def as_json(self) -> dict[str, Any]:
-        """Everything of it, JSON-able."""
+        """Return everything of it, JSON-able."""
         return json.loads(json.dumps(asdict(self)))
 
     def digest(self) -> str:
-        """SHA-256 over what decides pictures and targets: everything but the name."""
+        """Return the SHA-256 of what decides pictures and targets: everything but the name."""
         return hashlib.sha256(json.dumps({**self.as_json(), "name": None}, sort_keys=True).encode()).hexdigest()
 
 
 def find_palette(named: str) -> Palette:
-    """ade20k, tiny, or a JSON file: [[r, g, b], …] or {"class": [r, g, b], …}, in the order of the label values.
+    """Find ade20k, tiny, or a JSON file: [[r, g, b], …] or {"class": [r, g, b], …}, in the order of the label values.
 
     Raises:
         UserError: neither a name nor a file, or not a palette.
@@ -134,7 +134,7 @@ class Segmentation(Signal):
         return cls(Palette.from_json(settings["palette"]))
 
     def read(self, control: Path) -> LabelMap:
-        """The map at its own size. UserError where there is none to read."""
+        """Return the map at its own size. UserError where there is none to read."""
         try:
             with Image.open(control, formats=_FORMATS) as image:
                 mode, pixels = image.mode, np.asarray(image)
@@ -147,35 +147,35 @@ class Segmentation(Signal):
         raise UserError(f"{control}: mode {mode} is neither a label map (one channel of integers) nor a picture (RGB)")
 
     def labels(self, control: Path) -> NDArray[np.uint8]:
-        """(H, W): indices of classes, `IGNORED` where there is none. UserError where pixels are of no class."""
+        """Return indices of classes (H, W), `IGNORED` where there is none. UserError where pixels are of no class."""
         found = self.read(control)
         if found.problems:
             raise UserError([f"{control}: {problem}" for problem in found.problems])
         return found.labels
 
     def picture(self, control: Path, resolution: int) -> NDArray[np.uint8]:
-        """The classes' colours, black where a pixel belongs to none: (resolution, resolution, 3)."""
+        """Return the classes' colours, black where a pixel belongs to none: (resolution, resolution, 3)."""
         colours = np.zeros((IGNORED + 1, 3), np.uint8)
         colours[: len(self.palette.colours)] = self.palette.colours
         return colours[crop_labels(self.labels(control), resolution)]
 
     def target(self, control: Path, resolution: int) -> NDArray[np.int64]:
-        """(resolution, resolution): indices of classes, 255 where a pixel is to be ignored."""
+        """Return (resolution, resolution) indices of classes, 255 where a pixel is to be ignored."""
         return crop_labels(self.labels(control), resolution).astype(np.int64)
 
     def problems(self, control: Path) -> list[str]:
-        """Unreadable; label values, or colours, that are not the palette's."""
+        """Find what is unreadable; label values, or colours, that are not the palette's."""
         try:
             return list(self.read(control).problems)
         except UserError as error:
             return error.problems
 
     def settings(self) -> dict[str, Any]:
-        """The palette, whole, so that a run can be used where its palette file is not."""
+        """Return the palette, whole, so that a run can be used where its palette file is not."""
         return {"signal": self.name, "palette": self.palette.as_json(), "palette_sha256": self.palette.digest()}
 
     def count(self, control: Path) -> NDArray[np.int64]:
-        """Pixels of each class and, last, of none."""
+        """Count the pixels of each class and, last, of none."""
         return np.bincount(self.labels(control).ravel(), minlength=IGNORED + 1)
 
     def shares(self, counts: Sequence[Any]) -> dict[str, float] | None:
@@ -194,8 +194,10 @@ class Segmentation(Signal):
         if not len(found):
             return LabelMap(labels, ())
         examples = _examples([f"{value} ({count} pixels)" for value, count in zip(found, counts, strict=True)])
-        beside = "".join(f", and {value} for none" for value in self.palette.ignored)
-        return LabelMap(labels, (f"label values outside {self.palette.name}, which has {first} to {last}{beside}: {examples}",))
+        ignored = "".join(f", and {value} for none" for value in self.palette.ignored)
+        return LabelMap(
+            labels, (f"label values outside {self.palette.name}, which has {first} to {last}{ignored}: {examples}",)
+        )
 
     def _from_colours(self, pixels: NDArray[np.int64]) -> LabelMap:
         known = _code(np.array(self.palette.colours, np.int64))
@@ -214,7 +216,7 @@ class Segmentation(Signal):
 
 
 def _code(colours: NDArray[np.int64]) -> NDArray[np.int64]:
-    """One number for each colour (…, 3); black's is 0."""
+    """Return one number for each colour (…, 3); black's is 0."""
     return colours[..., 0] << 16 | colours[..., 1] << 8 | colours[..., 2]
 
 

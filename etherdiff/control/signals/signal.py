@@ -1,4 +1,4 @@
-"""What a control signal is: a file beside an image that says where things are. One signal per file in this folder."""
+"""What a control signal is: a file that goes with an image and says where things are. One signal per file in this folder."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -29,60 +29,60 @@ class Signal(ABC):
     @classmethod
     @abstractmethod
     def choose(cls, palette: str | None, resolution: int) -> Self:
-        """The signal as a dataset's options ask for it; resolution: that missing controls are computed at."""
+        """Return the signal as a dataset's options ask for it; resolution: that missing controls are computed at."""
 
     @classmethod
     @abstractmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
-        """The signal whose `settings()` these are."""
+        """Return the signal whose `settings()` these are."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What decides pictures and targets besides the file: JSON-able, recorded with a run."""
+        """Return what decides pictures and targets besides the file: JSON-able, recorded with a run."""
 
     @abstractmethod
     def picture(self, control: Path, resolution: int) -> NDArray[np.uint8]:
-        """What the hint encoder sees: (resolution, resolution, 3), RGB. UserError where the file is not this signal."""
+        """Return what the hint encoder sees: (resolution, resolution, 3), RGB. UserError where the file is not this signal."""
 
     @abstractmethod
     def target(self, control: Path, resolution: int) -> NDArray[Any]:
-        """What a generated image is compared with, at the same geometry: its form is the signal's own."""
+        """Return what a generated image is compared with, at the same geometry: its form is the signal's own."""
 
     @abstractmethod
     def problems(self, control: Path) -> list[str]:
-        """Everything wrong with a control file, a sentence each; empty where it is good."""
+        """Return everything wrong with a control file, a sentence each; empty where it is good."""
 
     # --- Control files that a dataset lacks -------------------------------------------------------------------------
 
     def can_derive(self) -> bool:
-        """Whether `derive` makes control files here."""
+        """Return whether `derive` makes control files here."""
         return self.suffix is not None
 
     def derive(self, image: Path, control: Path) -> None:
-        """Make the control file of an image. UserError for signals that no image tells by itself."""
+        """Make the control file of an image. UserError for signals that cannot be computed from an image."""
         raise UserError(f"{image} has no {self.name} beside it, and {self.name} cannot be computed from an image here")
 
     def completed(self, control: Path, image: Path) -> Path:
-        """The control file with everything it needs to know of its image. OSError where the image cannot be read."""
+        """Return the control file with everything it needs to know of its image. OSError where the image cannot be read."""
         return control
 
     # --- What `data check` finds in good control files --------------------------------------------------------------
 
     def size(self, control: Path) -> Size | None:
-        """The size that has to be the image's; None where no size has to be."""
+        """Return the size that must equal the image's; None where none must."""
         with Image.open(control) as image:
             return image.size
 
     def count(self, control: Path) -> Any:
-        """What `odd` and `shares` are told of a file."""
+        """Count in a file what `odd` and `shares` look at."""
         return None
 
     def odd(self, counts: Sequence[Any]) -> dict[str, list[tuple[int, str]]]:
-        """What is unusual: kind -> (place in `counts`, what it is). None counts for a file that is not good."""
+        """Return what is unusual: kind -> (place in `counts`, what it is). None counts for a file that is not good."""
         return {}
 
     def shares(self, counts: Sequence[Any]) -> dict[str, float] | None:
-        """The share of each class in all pixels; None where there are no classes."""
+        """Return the share of each class in all pixels; None where there are no classes."""
         return None
 
 
@@ -90,7 +90,7 @@ class Signal(ABC):
 
 
 def crop_box(size: Size, resolution: int) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of the square, in pixels of an image of `size`.
+    """Return (left, top, right, bottom) of the square, in pixels of an image of `size`.
 
     It is what `images.crops.resize_and_crop(image, resolution, "center")` scales to resolution x resolution.
     """
@@ -100,14 +100,14 @@ def crop_box(size: Size, resolution: int) -> tuple[float, float, float, float]:
 
 
 def crop_labels(labels: NDArray[np.uint8], resolution: int) -> NDArray[np.uint8]:
-    """(H, W) to (resolution, resolution): of each pixel's middle, the label there."""
+    """Scale (H, W) to (resolution, resolution): of each pixel's middle, the label there."""
     image = Image.fromarray(labels)
     square = image.resize((resolution, resolution), Image.Resampling.NEAREST, box=crop_box(image.size, resolution))
     return np.asarray(square)
 
 
 def upright_size(path: Path) -> Size:
-    """The size as a viewer shows the image, from its header only. OSError where it cannot be read."""
+    """Return the size as a viewer shows the image, from its header only. OSError where it cannot be read."""
     with Image.open(path) as image:
         lying = image.getexif().get(_EXIF_ORIENTATION) in _LYING
         return (image.height, image.width) if lying else image.size
