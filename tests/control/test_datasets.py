@@ -151,8 +151,8 @@ def test_an_unknown_dataset(name, hint, tmp_path):
 
 def test_what_is_wrong_with_the_options(tmp_path):
     imagefolder(tmp_path, 2)
-    with pytest.raises(UserError, match="must be segmentation, canny or landmarks, not 'depth'"):
-        find_dataset(str(tmp_path), None, signal="depth")
+    with pytest.raises(UserError, match=r"must be segmentation, canny, .* or pidi, not 'sketch'"):
+        find_dataset(str(tmp_path), None, signal="sketch")
     with pytest.raises(UserError, match="is not there"):
         find_dataset(str(tmp_path), None, captions=tmp_path / "absent.jsonl")
     with pytest.raises(UserError, match="only segmentation has one"):
@@ -370,6 +370,23 @@ def test_a_dataset_of_maps_gives_edges_as_well(few_scenes):
     assert all("controls-1" in str(pair.control) for pair in found.training)
     with pytest.raises(UserError, match=r"images without a control \(landmarks\): 10"):
         find_dataset("tiny", None, signal="landmarks")
+
+
+def test_images_are_given_the_controls_that_an_annotator_draws(tmp_path, monkeypatch):
+    asked = []
+
+    def draw(name, image):
+        asked.append((name, image.shape))
+        return 255 - image
+
+    monkeypatch.setattr("etherdiff.control.signals.annotation.annotate", draw)
+    imagefolder(tmp_path, 2, control={0, 1})
+    found = find_dataset(str(tmp_path), None, signal="depth", resolution=16)
+    assert found.signal.name == "depth"
+    assert asked == [("depth", (16, 16, 3))] * 2
+    for pair in (*found.training, *found.evaluation):
+        square = np.asarray(resize_and_crop(Image.open(pair.image), 16))
+        assert (found.signal.picture(pair.control, 16) == 255 - square).all()
 
 
 def test_edges_of_images_that_cannot_be_read_are_all_named(tmp_path):
