@@ -10,7 +10,7 @@ from etherdiff.config import SignalName
 from etherdiff.control import preprocess
 from etherdiff.control.preprocess import ANNOTATORS, annotate
 from etherdiff.control.signals import SIGNALS, recorded_signal
-from etherdiff.control.signals.annotation import annotation
+from etherdiff.control.signals.annotation import annotated_by
 from etherdiff.control.signals.canny import edges
 from etherdiff.images.crops import resize_and_crop
 from etherdiff.system.errors import UserError
@@ -50,7 +50,7 @@ def test_a_picture_is_drawn_in_the_images_size(size):
 
 
 def test_an_annotation_is_a_signal(tmp_path):
-    signal = annotation("shuffle")(96)
+    signal = annotated_by("shuffle")(96)
     a_photo((120, 100)).save(tmp_path / "a.png")
     signal.derive(tmp_path / "a.png", tmp_path / "control.png")
     assert signal.problems(tmp_path / "control.png") == []

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from etherdiff.control.preprocess import ANNOTATORS
-from etherdiff.control.signals.annotation import annotation
+from etherdiff.control.signals.annotation import annotated_by
 from etherdiff.control.signals.canny import Canny
 from etherdiff.control.signals.landmarks import Landmarks
 from etherdiff.control.signals.segmentation import Segmentation
@@ -13,7 +13,7 @@ from etherdiff.system.errors import UserError
 
 SIGNALS: dict[str, type[Signal]] = {
     **{signal.name: signal for signal in (Segmentation, Canny, Landmarks)},
-    **{name: annotation(name) for name in ANNOTATORS if name not in ("canny", "shuffle")},
+    **{name: annotated_by(name) for name in ANNOTATORS if name not in ("canny", "shuffle")},
 }
 """Canny has a file of its own; a shuffled picture says where nothing is."""
 

@@ -59,6 +59,6 @@ class Annotation(Signal):
             Image.fromarray(drawn).save(staged, format="PNG")
 
 
-def annotation(name: str) -> type[Annotation]:
+def annotated_by(name: str) -> type[Annotation]:
     """Return the signal of the annotator `name`."""
     return type(f"Annotation_{name}", (Annotation,), {"name": name})
