@@ -51,7 +51,7 @@ def test_labels_land_where_the_image_lands(width, height, resolution, upright):
     inner = slice(margin, resolution - margin)
     difference = crop_labels(np.ascontiguousarray(labels), resolution)[inner, inner] - shown[inner, inner]
     assert np.abs(difference).max() <= 0.65 * step + 2
-    assert abs(difference.mean()) <= 0.25 * step + 1
+    assert abs(difference.mean()) <= 0.5 * step + 1  # half a source pixel everywhere, where the image is exactly halved
 
 
 @pytest.mark.parametrize("size", [(64, 64), (97, 64), (64, 151), (301, 200), (33, 50)])
