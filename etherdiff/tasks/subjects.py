@@ -46,7 +46,7 @@ class Subject:
     class_noun: str | None
     images: tuple[Path, ...]
     held_out: tuple[Path, ...] = ()
-    """Further images, in the subfolder `held_out`, that nothing is learnt from: to judge by."""
+    """Further images, in the subfolder `held_out`, that nothing is trained on: for evaluation."""
 
 
 def prompts_for(class_noun: str, tiny: bool = False) -> tuple[str, ...]:
@@ -116,7 +116,7 @@ def pixels_digest(images: Sequence[Image]) -> str:
 
 
 def find_subject(subject: str, data_root: Path | None) -> Subject:
-    """The images of a folder, else of data_root/dreambooth/NAME, else of a subject of the tiny world, else of one of the 30.
+    """Find the images of a folder, else of data_root/dreambooth/NAME, else of a tiny world's subject, else of one of the 30.
 
     The tiny world's are rendered in the cache, the 30 come from the hub.
 
@@ -158,7 +158,7 @@ def _holds(test: Callable[[], bool]) -> bool:
 
 
 def _is_plain_name(subject: str) -> bool:
-    """One path component and nothing that leads out of the folder it is looked up in."""
+    """Return whether a name is one path component that stays in the folder where it is looked up."""
     return bool(subject.strip()) and subject not in (".", "..") and not set(subject) & set("/\\:\0")
 
 
@@ -182,7 +182,7 @@ def _class_noun(name: str) -> str | None:
 
 
 def _content(folder: Path) -> str:
-    """What a folder holds, in a few words: "2 .txt files, 1 folder"."""
+    """Say in a few words what a folder holds: "2 .txt files, 1 folder"."""
     kinds = Counter("folder" if _is_folder(path) else f"{path.suffix} file".strip() for path in folder.iterdir())
     named = [f"{count} {kind}{'s' * (count > 1)}" for kind, count in sorted(kinds.items())]
     return ", ".join(named) or "nothing"

@@ -27,12 +27,12 @@ OPTIONAL = {"ema.safetensors", "metrics.jsonl", "run.yaml"} | BEST
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Return the folder of a step's checkpoint."""
     return folder / f"step-{step:06d}"
 
 
 def save_checkpoint(state: TrainingState, folder: Path, accelerator: Accelerator, records: Sequence[Path] = ()) -> Path:
-    """Write the state aside, flush it to the disk, then rename it into place: a kill at any moment leaves no half.
+    """Write the state to a temporary folder, flush it, rename it into place: a kill at any moment leaves no half.
 
     records: files and folders of the run folder that are kept with it, where they are there.
     """
@@ -85,7 +85,7 @@ def load_checkpoint(state: TrainingState, path: Path, accelerator: Accelerator) 
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and a sentence about each newer one that was passed over."""
+    """Find the newest whole checkpoint; also return a sentence about each newer one that was skipped."""
     passed_over: list[str] = []
     for path in sorted(folder.glob("step-*"), key=_step_of, reverse=True):
         damage = _damage(path)
@@ -96,14 +96,14 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def remove_old_checkpoints(folder: Path, keep: int, step: int) -> None:
-    """Of the checkpoints up to `step`, leave the newest `keep`; later ones, of a timeline that was left, do not count."""
+    """Keep the newest `keep` of the checkpoints up to `step`; later ones, which a resumed run left behind, do not count."""
     older = sorted((path for path in folder.glob("step-*") if 0 <= _step_of(path) <= step), key=_step_of)
     for path in older[: max(len(older) - keep, 0)]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def read_step(path: Path) -> int:
-    """The step a whole checkpoint was written at."""
+    """Return the step at which a whole checkpoint was written."""
     return int(json.loads((path / "state.json").read_text())["step"])
 
 
@@ -130,7 +130,7 @@ def _damage(path: Path) -> str | None:
 
 
 def _optimizer_state(state: TrainingState) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's tensors by `parameter/key`, and what else it keeps, by parameter and for its groups."""
+    """Return the optimizer's tensors by `parameter/key`, and what else it keeps, by parameter and for its groups."""
     raw = state.optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     groups = [{k: v for k, v in group.items() if k != "params"} for group in raw["param_groups"]]

@@ -1,4 +1,4 @@
-"""The training loop: optimizer steps over a task, knowing nothing of what the task is."""
+"""The training loop: optimizer steps over any module whose forward(batch) returns a loss."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +54,7 @@ class TrainingState:
 
 
 def make_accelerator(config: TrainConfig, logs: Path) -> Accelerator:
-    """One process, or this process's part of a torchrun or accelerate launch; the tracker writes into `logs`."""
+    """Make the accelerator of one process, or of its part of a torchrun or accelerate launch; the tracker writes to `logs`."""
     AcceleratorState._reset_state()  # it keeps the first run's precision for the whole process
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
@@ -74,7 +74,7 @@ def make_accelerator(config: TrainConfig, logs: Path) -> Accelerator:
 def prepare_training(
     task: nn.Module, config: TrainConfig, accelerator: Accelerator, groups: Sequence[ParameterGroup] = ()
 ) -> TrainingState:
-    """Optimizer, schedule and moving average for the task's trainable parameters; the task moves to its device.
+    """Make optimizer, schedule and moving average for the task's trainable parameters; the task moves to its device.
 
     groups: modules with learning rates of their own; all else that is trainable has `config.learning_rate`.
     """
@@ -125,7 +125,7 @@ def fit(
 
 
 def advance(state: TrainingState, moved: bool) -> None:
-    """Count a step: the schedule, and where the weights moved their average."""
+    """Count a step: advance the schedule and, where the weights moved, their average."""
     state.learning_rate = state.lr_scheduler.get_last_lr()[0]
     state.lr_scheduler.step()
     if state.ema is not None and moved:
@@ -145,7 +145,7 @@ def _not_finite(state: TrainingState, config: TrainConfig, skipped: int) -> str:
 
 
 def optimizer_step(state: TrainingState, batches: list[Batch], config: TrainConfig, accelerator: Accelerator) -> float:
-    """One update from the micro-batches' mean gradient; returns their mean loss over all processes.
+    """Update once from the micro-batches' mean gradient; return their mean loss over all processes.
 
     NaN, and no update, where the loss or its gradient is not finite.
     """
@@ -170,7 +170,7 @@ def optimizer_step(state: TrainingState, batches: list[Batch], config: TrainConf
 
 @contextmanager
 def _dropout_randomness(config: TrainConfig, step: int, part: int, accelerator: Accelerator) -> Iterator[None]:
-    """An adapter's dropout draws from torch's own generator: make that a function of the step and the place as well."""
+    """Make torch's own generator, which an adapter's dropout draws from, a function of the step and the place."""
     if not config.dropout:
         yield
         return
@@ -181,7 +181,7 @@ def _dropout_randomness(config: TrainConfig, step: int, part: int, accelerator: 
 
 
 def on_device(batch: Batch, accelerator: Accelerator) -> Batch:
-    """The batch where this process computes."""
+    """Move a batch to the device where this process computes."""
     return {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
 
 

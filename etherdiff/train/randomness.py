@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Draw(IntEnum):
-    """What a random number is for. Values are part of the result: add at the end, never renumber."""
+    """Purpose of a random number. Values are part of the result: add at the end, never renumber."""
 
     ORDER = 0
     CLASS_ORDER = 1
@@ -35,7 +35,7 @@ class Draw(IntEnum):
 
 
 def generator(seed: int, draw: Draw, step: int, index: int) -> np.random.Generator:
-    """The stream of numbers for one purpose, step and sample; seed in [0, 2**64)."""
+    """Return the stream of numbers for one purpose, step and sample; seed in [0, 2**64)."""
     if min(seed, step, index) < 0:  # numpy 1 would count from 2**64 down
         raise ValueError(f"no random numbers at seed {seed}, step {step}, index {index}: one is negative")
     key = np.array([seed, draw], dtype=np.uint64)
@@ -44,22 +44,22 @@ def generator(seed: int, draw: Draw, step: int, index: int) -> np.random.Generat
 
 
 def normal(shape: tuple[int, ...], seed: int, draw: Draw, step: int, index: int) -> Tensor:
-    """Standard normal float32 of the given shape, on the CPU."""
+    """Draw standard normal float32 of the given shape, on the CPU."""
     return torch.from_numpy(generator(seed, draw, step, index).standard_normal(shape, dtype=np.float32))
 
 
 def integer(below: int, seed: int, draw: Draw, step: int, index: int) -> int:
-    """A whole number in [0, below)."""
+    """Draw an integer in [0, below)."""
     return int(generator(seed, draw, step, index).integers(below))
 
 
 def uniform(seed: int, draw: Draw, step: int, index: int) -> float:
-    """A number in [0, 1)."""
+    """Draw a number in [0, 1)."""
     return float(generator(seed, draw, step, index).random())
 
 
 def item_at(position: int, count: int, seed: int, draw: Draw) -> int:
-    """Which of `count` items stands at `position` of an endless order that shuffles them anew for each pass."""
+    """Return which of `count` items stands at `position` of an endless order that shuffles them anew for each pass."""
     epoch, offset = divmod(position, count)
     return int(_permutation(count, epoch, seed, draw)[offset])
 

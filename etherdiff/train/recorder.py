@@ -70,7 +70,7 @@ class Recorder:
         self.bar.stop()
 
     def on_step(self, state: TrainingState, loss: float) -> None:
-        """Called by the loop in every process."""
+        """Record a step. The loop calls this in every process."""
         self.steps_done += 1
         step = state.step
         values = {"loss": loss, "learning_rate": state.learning_rate}
@@ -160,7 +160,7 @@ class Recorder:
         return float(torch.stack(losses).mean())
 
     def _with_result(self, state: TrainingState, action: Callable[[], T]) -> T:
-        """The action on what would be saved now: the averaged weights where there are any, in evaluation mode."""
+        """Call an action on what would be saved now: the averaged weights if there are any, in evaluation mode."""
         state.task.eval()
         if state.ema is not None:
             state.ema.store(state.parameters.values())
@@ -211,7 +211,7 @@ def write_cost(recorder: Recorder, clock: Clock, step: int) -> None:
 
 
 def _read_seconds(run: RunFolder) -> dict[str, float]:
-    """Seconds per stage of the sessions before; none, with a warning, where the file is damaged."""
+    """Return the seconds per stage of earlier sessions; none, with a warning, where the file is damaged."""
     if not run.cost.exists():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""What has to be so before a run goes on as if it had never stopped."""
+"""Bring a stopped run back: its settings, its threads, its checkpoint and what it had logged by then."""
 
 import os
 import shutil
@@ -43,7 +43,7 @@ def reopen(path: Path) -> tuple[Run, TrainConfig]:
 
 
 def _refuse_links(run: RunFolder) -> None:
-    """A run folder from elsewhere must not have its resumed run write somewhere else."""
+    """UserError where a link leads outside: a run folder from elsewhere must not make a resumed run write somewhere else."""
     inside = run.path.resolve()
     for path in sorted(run.path.rglob("*")):
         if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):  # of a loop, resolve() would raise
@@ -51,7 +51,7 @@ def _refuse_links(run: RunFolder) -> None:
 
 
 def _whole_copy(run: RunFolder) -> Path | None:
-    """Where to read run.yaml from when it is damaged: the newest whole checkpoint's. None where it is as it was written."""
+    """Return the newest whole checkpoint's copy of run.yaml where that is damaged; None where it is as it was written."""
     if is_sealed(run.settings):
         return None
     newest, _ = newest_checkpoint(run.checkpoints)
@@ -70,7 +70,7 @@ def _warn_of_versions(provenance: Provenance) -> None:
 
 
 def check_machine(run: Run, accelerator: Accelerator) -> None:
-    """UserError unless there are as many processes as before, since a batch is theirs together; a warning of another device."""
+    """UserError unless there are as many processes as before, which share each batch; warn of another device."""
     began, now = run.provenance.processes, accelerator.num_processes
     if began is not None and began != now:
         raise UserError(
@@ -102,7 +102,7 @@ def resume_from_checkpoint(state: TrainingState, run: RunFolder, accelerator: Ac
 
 
 def restore_best(run: RunFolder, checkpoint: Path | None) -> None:
-    """Put best/ back to what it was at a checkpoint: a later one's step may not come again."""
+    """Put best/ back to what it was at a checkpoint: the step of a later one may not come again."""
     if checkpoint is None or not (checkpoint / "best").is_dir():
         shutil.rmtree(run.best, ignore_errors=True)
         return
