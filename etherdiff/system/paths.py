@@ -10,7 +10,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 
 def cache_dir() -> Path:
-    """Return the folder of what can be computed again: latents, text embeddings, class images.
+    """Return the folder of what can be computed again: latents, class images.
 
     ETHERDIFF_CACHE names it; else it is in XDG_CACHE_HOME, on any system, or where the system keeps caches.
     """
