@@ -16,7 +16,7 @@ from subject_photos import draw_subject
 from typer.testing import CliRunner
 
 import etherdiff
-from etherdiff import cli
+from etherdiff import cli, config
 from etherdiff.config import DreamBoothConfig
 from etherdiff.images.png import read_png_settings
 
@@ -90,11 +90,39 @@ def test_help_says_what_every_option_is(command):
             assert all(name in done.output for name in parameter.opts)
 
 
-def test_a_training_command_has_an_option_for_every_setting():
-    options = {parameter.name: parameter for parameter in COMMANDS["train-dreambooth"].params}
-    for name, field in DreamBoothConfig.model_fields.items():
-        assert options[name].opts == ["--" + name.replace("_", "-")]
-        assert field.description in options[name].help.replace("\\[", "[")
+MODELS = {
+    "train-dreambooth": [config.DreamBoothConfig],
+    "train-s2i": [config.S2IConfig],
+    "perturb": [config.PerturbConfig],
+    "resume": [config.ResumeOptions],
+    "sweep": [config.SweepOptions],
+    "generate": [config.GenerateOptions],
+    "eval": [config.SubjectEvalOptions, config.ControlEvalOptions],
+    "compare": [config.CompareOptions],
+    "table": [config.TableOptions],
+    "plot": [config.PlotOptions],
+    "merge": [config.MergeOptions],
+    "export": [config.ExportOptions],
+    "inspect": [config.InspectOptions],
+    "demo": [config.DemoOptions],
+    "schema": [config.SchemaOptions],
+    "data check": [config.CheckOptions],
+}
+OWN = {"config", "set", "json", "help"}
+"""Options that belong to the command line and not to a model."""
+
+
+def test_a_command_has_an_option_for_every_field_and_no_other():
+    there = {name: command for name, command in COMMANDS.items() if name != "data"}
+    there |= {f"data {name}": command for name, command in COMMANDS["data"].commands.items()}
+    assert there.keys() == MODELS.keys()
+    for command, models in MODELS.items():
+        options = {flag: p for p in there[command].params if p.param_type_name == "option" for flag in p.opts}
+        fields = {f"--{name.replace('_', '-')}": field for cls in models[::-1] for name, field in cls.model_fields.items()}
+        assert options.keys() - {f"--{name}" for name in OWN} == fields.keys(), command
+        for flag, field in fields.items():
+            assert field.description in options[flag].help.replace("\\[", "["), (command, flag)
+            assert options[flag].secondary_opts == ([f"--no-{flag[2:]}"] if field.annotation is bool else []), (command, flag)
 
 
 def test_no_arguments_show_the_help(etherdiff_):

@@ -1,5 +1,6 @@
 """Recipes, settings and flags: what wins, and what a user is told about every mistake."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from etherdiff import config as config_module
 from etherdiff.adapters.methods import METHODS, TARGETS
 from etherdiff.config import METHOD_NAMES, TARGET_NAMES, DreamBoothConfig, TrainConfig, load_run_config, read_config
+from etherdiff.families.sampling import PAPER_SAMPLING, S2I_SAMPLING
 from etherdiff.runs.folder import RunFolder, write_settings
 from etherdiff.system.errors import UserError
 
@@ -242,12 +244,57 @@ def test_the_names_offered_are_the_names_there_are():
     assert set(TARGET_NAMES) == set(TARGETS)
 
 
-@pytest.mark.parametrize("name", DreamBoothConfig.model_fields)
-def test_every_option_is_described(name):
-    description = DreamBoothConfig.model_fields[name].description
-    assert description
-    assert len(description) > 5
-    assert not description.endswith(".")
+def every_model(cls=config_module.Options) -> set[type[config_module.Options]]:
+    return {cls}.union(*map(every_model, cls.__subclasses__()))
+
+
+@pytest.mark.parametrize("cls", sorted(every_model(), key=lambda cls: cls.__name__))
+def test_every_option_is_described(cls):
+    for name, field in cls.model_fields.items():
+        assert field.description, name
+        assert len(field.description) > 5, name
+        assert not field.description.endswith("."), name
+
+
+WRONG = [
+    (config_module.ResumeOptions, {"steps": 0, "on_nan": "go on"}),
+    (config_module.GenerateOptions, {"num": 0, "batch_size": 0, "seed": 2**63, "steps": 0, "resolution": -1, "device": "gpu"}),
+    (config_module.GenerateOptions, {"scale": "nan", "control_scale": "inf", "guidance_scale": "nan", "output": "a\0b"}),
+    (config_module.SubjectEvalOptions, {"num": 0, "seed": -1, "steps": 0, "batch_size": 0, "device": "gpu"}),
+    (config_module.ControlEvalOptions, {"num_maps": 0, "seed": 2**63, "guidance_scale": "inf", "real": "perhaps"}),
+    (config_module.TableOptions, {"share": 0, "format": "pdf", "paper": 3}),
+    (config_module.MergeOptions, {"scale": "nan", "dtype": "fp8"}),
+    (config_module.ExportOptions, {"scale": "-inf", "format": "gguf"}),
+    (config_module.InspectOptions, {"task": "s3i", "method": ["none"], "targets": "all", "blocks": 0, "rank": 0}),
+    (config_module.CheckOptions, {"signal": "smell"}),
+    (config_module.SweepOptions, {"jobs": 0, "retries": -1}),
+]
+
+
+@pytest.mark.parametrize(("cls", "values"), WRONG)
+def test_what_is_out_of_bounds_is_refused_at_once(cls, values):
+    needed = {name: "x" for name, field in cls.model_fields.items() if field.is_required()}
+    with pytest.raises(UserError) as caught:
+        read_config(cls, None, [], needed | values)
+    assert {problem.split(":")[0].split(".")[0] for problem in caught.value.problems} == values.keys()
+
+
+def test_names_may_have_commas_between_them():
+    assert config_module.TableOptions(rows="method, seed,", columns=["dino"]).model_dump(include={"rows", "columns"}) == {
+        "rows": ("method", "seed"),
+        "columns": ("dino",),
+    }
+
+
+def test_how_images_are_drawn_is_decided_once():
+    """Where the samplers are; what the options say agrees."""
+    subject, control = config_module.SubjectEvalOptions(), config_module.ControlEvalOptions()
+    assert subject.steps == DreamBoothConfig(subject="dog").class_sampling_steps == PAPER_SAMPLING["steps"]
+    assert (control.steps, control.guidance_scale) == (S2I_SAMPLING["steps"], S2I_SAMPLING["guidance_scale"])
+    told = {name: field.description for name, field in config_module.GenerateOptions.model_fields.items()}
+    for name in ("steps", "guidance_scale"):
+        assert f"[default: {PAPER_SAMPLING[name]:g}" in told[name]
+        assert re.search(rf"with control {S2I_SAMPLING[name]:g}\b", told[name])
 
 
 FRAGMENTS = st.sampled_from(
