@@ -73,7 +73,7 @@ def command(
         if reads_recipes:
             parameters += [_parameter("recipe", ConfigOption), _parameter("settings", SetOption)]
         fields = {key: field for model in reversed(models) for key, field in model.model_fields.items()}
-        shown = ""
+        shown: str | None = None
         for key in dict.fromkeys(key for model in models for key in model.model_fields):
             shown = RECIPE_PANELS.get(key, shown) if reads_recipes else _panel_of(key, models)
             parameters.append(_parameter(key, _option(key, fields[key], shown)))
@@ -115,7 +115,7 @@ def _option(name: str, field: Any, panel: str | None) -> Any:
     text = text.replace("[", "\\[")  # not markup
     kind = bool if is_switch else list[str] if _is_repeated(field) else str
     shown = typer.Option(flag, help=text, metavar=_metavar(field.annotation), rich_help_panel=panel, show_default=False)
-    return Annotated[Optional[kind], shown]  # type: ignore[valid-type]  # noqa: UP045  typer reads this form on every version
+    return Annotated[Optional[kind], shown]  # noqa: UP045  typer reads this form on every version
 
 
 def _is_repeated(field: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ from etherdiff.families.sampling import PAPER_SAMPLING, S2I_SAMPLING, chunks, sa
 from etherdiff.families.sd1 import Base, load_base, make_pipeline
 from etherdiff.images.png import save_png
 from etherdiff.runs.control import load_hint_encoder, make_s2i_pipeline
-from etherdiff.runs.folder import RunFolder
 from etherdiff.runs.run import Run
 from etherdiff.system.devices import device_problem, resolve_device
-from etherdiff.system.errors import Problems, UserError
+from etherdiff.system.errors import Answer, Problems, UserError
 from etherdiff.system.terminal import say, track
 from etherdiff.tasks.subjects import read_prompts
 
@@ -32,11 +32,22 @@ NOT_CONTROL = {".jsonl", ".txt", ".md", ".csv"}
 
 @dataclass(frozen=True)
 class Source:
-    """What draws: a base, the adapters on it, and the hint encoder's folder if the run is controllable."""
+    """What draws: a base, the adapters on it, and the run that they are of, if they are of one."""
 
     base: Base
     adapters: list[Path]
-    hint_encoder: Path | None = None
+    run: Run | None = None
+
+    @property
+    def hint_encoder(self) -> Path | None:
+        """The folder of a controllable run's."""
+        return self.run.folder.control_encoder if self.run and self.run.is_controlled else None
+
+    @property
+    def resolution(self) -> int:
+        """Side in pixels: that of a controllable run's training, else the base's."""
+        trained = self.run.config.resolution if self.run and isinstance(self.run.config, S2IConfig) else None
+        return trained or self.base.resolution
 
 
 @dataclass(frozen=True)
@@ -56,10 +67,22 @@ class Drawing:
     source: Source
     options: GenerateOptions
     prompts: list[str]
-    resolution: int
     controls: list[Path]
-    signal: Signal | None
-    """How the control files are read."""
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images in pixels."""
+        return self.options.resolution or self.source.resolution
+
+    @cached_property
+    def signal(self) -> Signal:
+        """How the control files are read."""
+        return recorded_signal(self.source.run.provenance.control if self.source.run else {})
+
+    def problems(self) -> list[str]:
+        """Why the base cannot draw at this size, and what is wrong with the control files."""
+        found = self.source.base.resolution_problems(self.resolution)
+        return found + [f"{path}: {problem}" for path in self.controls for problem in self.signal.problems(path)]
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -98,7 +121,7 @@ def generate(options: GenerateOptions) -> Path:
     pipeline, seeds = load_pipeline(drawing), range(options.seed, options.seed + options.num)
     rows, labels = [], []
     for row in track(list(drawing.rows()), "generating"):
-        control = drawing.signal and row.control and Image.fromarray(drawing.signal.picture(row.control, drawing.resolution))
+        control = Image.fromarray(drawing.signal.picture(row.control, drawing.resolution)) if row.control else None
         images = _draw(pipeline, drawing, row.prompt, control, seeds)
         row.folder.mkdir(parents=True, exist_ok=True)
         for seed, image in zip(seeds, images, strict=True):
@@ -129,19 +152,11 @@ def plan_drawing(options: GenerateOptions) -> Drawing:
     problems.add(*filter(None, [device_problem(options.device)]))
     if options.offload and not torch.cuda.is_available():
         problems.add("offload: there is no GPU to offload from")
-    found = problems.attempt(_find_source, options)
-    files = problems.attempt(lambda: control_files(options.control) if options.control else [])
-    resolution, signal = options.resolution or 0, None
-    if source := found.value:
-        if options.run is not None and source.hint_encoder is not None:
-            run = Run.open(options.run)
-            signal = recorded_signal(run.provenance.control)
-            resolution = resolution or (isinstance(run.config, S2IConfig) and run.config.resolution) or 0
-            problems.add(*(f"{path}: {problem}" for path in files.value or [] for problem in signal.problems(path)))
-        resolution = resolution or source.base.resolution
-        problems.check(source.base.resolution_problems, resolution)
-    source, controls = problems.settle(found, files)
-    return Drawing(source, options, prompts, resolution, controls, signal)
+    source = problems.attempt(_find_source, options)
+    controls = problems.attempt(lambda: control_files(options.control) if options.control else [])
+    if source.value:
+        problems.check(Drawing(source.value, options, prompts, controls.value or []).problems)
+    return Drawing(*problems.settle(source, Answer(options), Answer(prompts), controls))
 
 
 def _find_source(options: GenerateOptions) -> Source:
@@ -166,7 +181,7 @@ def run_source(run: Path, parts: Parts = "weights") -> Source:
     opened = Run.open(run)
     opened.check_results()
     base = find_base(opened.config.base, opened.config.prediction_type, parts)
-    return Source(base, opened.adapters, opened.folder.control_encoder if opened.is_controlled else None)
+    return Source(base, opened.adapters, opened)
 
 
 def load_pipeline(drawing: Drawing) -> Any:
@@ -175,8 +190,8 @@ def load_pipeline(drawing: Drawing) -> Any:
     model = load_base(source.base)
     load_adapters(model.unet, [(folder, options.scale) for folder in source.adapters])
     pipeline: Any = make_pipeline(model)
-    if source.hint_encoder is not None:
-        pipeline = make_s2i_pipeline(model, load_hint_encoder(RunFolder(source.hint_encoder.parent)))
+    if source.run and source.run.is_controlled:
+        pipeline = make_s2i_pipeline(model, load_hint_encoder(source.run.folder))
     if options.offload:
         pipeline.enable_model_cpu_offload()
         return pipeline

@@ -388,6 +388,7 @@ def _attention_formulas() -> dict[Any, Callable[..., int]]:
     """Of torch's fused attentions, those that this release has. Its own registry lacks the CPU's before 2.15."""
     names = [f"{kind}_attention" for kind in ("flash", "efficient", "cudnn")]
     names += ["flash_attention_for_cpu", "fused_attention_overrideable"]
+    formulas: dict[str, Callable[..., int]]
     formulas = {f"_scaled_dot_product_{name}": _attention_flops for name in [*names, "attention_math_for_mps"]}
     formulas |= {f"_scaled_dot_product_{name}_backward": _attention_backward_flops for name in names}
     return {getattr(torch.ops.aten, name): of for name, of in formulas.items() if hasattr(torch.ops.aten, name)}
