@@ -1,4 +1,4 @@
-"""Doing a unit: its commands in processes of their own, each tried again where it failed by bad luck."""
+"""Run a unit: its commands in processes of their own, each tried again if it failed for a transient reason."""
 
 import os
 import signal
@@ -16,23 +16,24 @@ from etherdiff.system.files import remove_temporary
 from etherdiff.system.locks import run_lock
 
 WRONG_INPUT = 2
-"""The status of a command whose input is wrong: trying again changes nothing."""
-PATIENCE = 60.0
-"""Seconds for a process to save and end after it was told to, and for a run folder to be let go of."""
+"""Exit status of a command whose input is wrong: trying again changes nothing."""
+STOP_TIMEOUT = 60.0
+"""Seconds for a process to save and end after it was asked to, and for another process to release a run folder."""
 LAST_LINES = 12
 
 
 @dataclass(frozen=True)
-class Orders:
-    """What holds for all units of one start of a sweep."""
+class RunSettings:
+    """What all units of one start of a sweep share."""
 
     retries: int
+    """Times that a failed command is tried again."""
     session: str
-    """Of this start, to tell its states from those that an earlier one left."""
+    """Identifier of this start, which tells its states from those of an earlier one."""
     environment: dict[str, str] = field(default_factory=dict)
-    """On top of what is found where the unit runs."""
+    """Environment variables on top of those where the unit runs."""
     program: tuple[str, ...] = ()
-    """Instead of this interpreter's etherdiff."""
+    """Program that runs instead of this interpreter's etherdiff."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Outcome:
 
     run: str
     error: str | None = None
-    """None: finished. Else the last command's last lines."""
+    """Last lines of the command that failed; None if the run is finished."""
     attempts: int = 1
     seconds: float = 0.0
 
@@ -58,39 +59,41 @@ class Interrupted(Exception):  # noqa: N818 - nothing is wrong
     """The sweep is stopping, and so did the command."""
 
 
-def do_unit(unit: Unit, orders: Orders, stopping: Callable[[], bool] = lambda: False, place: str = "") -> list[Outcome]:
-    """Do what is left to do of a unit; an outcome for each of its runs. Raises Interrupted where `stopping` became true.
+def run_unit(unit: Unit, settings: RunSettings, stopping: Callable[[], bool] = lambda: False, place: str = "") -> list[Outcome]:
+    """Do what is left to do of a unit; return an outcome for each of its runs. Interrupted if `stopping` became true.
 
-    place: where this is, for the logs, beside the machine's name.
+    place: where this runs, for the logs, in addition to the machine's name.
     """
     outcomes: list[Outcome] = []
     for run in unit.runs:
         if outcomes and outcomes[-1].error is not None:
             outcome = Outcome(run.name, f"left out: {outcomes[-1].run}, which it builds on, failed", 0)
-            write_state(run, {"status": "failed", "session": orders.session, "attempts": 0, "error": outcome.error})
+            write_state(run, {"status": "failed", "session": settings.session, "attempts": 0, "error": outcome.error})
         else:
-            outcome = _Doing(run, unit, orders, stopping, " ".join(filter(None, [socket.gethostname(), place]))).until_done()
+            outcome = _UnitRunner(
+                run, unit, settings, stopping, " ".join(filter(None, [socket.gethostname(), place]))
+            ).until_done()
         outcomes.append(outcome)
     return outcomes
 
 
-class _Doing:
-    """One run being done."""
+class _UnitRunner:
+    """Runs one run of a unit."""
 
-    def __init__(self, run: SweepRun, unit: Unit, orders: Orders, stopping: Callable[[], bool], place: str) -> None:
-        self.run, self.unit, self.orders, self.stopping, self.place = run, unit, orders, stopping, place
+    def __init__(self, run: SweepRun, unit: Unit, settings: RunSettings, stopping: Callable[[], bool], place: str) -> None:
+        self.run, self.unit, self.settings, self.stopping, self.place = run, unit, settings, stopping, place
         self.began = time.monotonic()
         self.attempts = 0
 
     def until_done(self) -> Outcome:
-        """Try as often as ordered."""
+        """Try as often as the settings say."""
         while True:
             self.attempts += 1
             try:
                 self._complete()
             except (CommandError, UserError, OSError) as error:
                 is_wrong = isinstance(error, UserError) or (isinstance(error, CommandError) and error.status == WRONG_INPUT)
-                if is_wrong or self.attempts > self.orders.retries:
+                if is_wrong or self.attempts > self.settings.retries:
                     write_state(self.run, self._state("failed", error=str(error)))
                     return self._outcome(str(error))
             else:
@@ -101,7 +104,7 @@ class _Doing:
         return Outcome(self.run.name, error, self.attempts, time.monotonic() - self.began)
 
     def _complete(self) -> None:
-        """From wherever the run is to its end."""
+        """Take the run from where it is to its end."""
         self._wait_until_free()
         stage = stage_of(self.run)
         if stage < Stage.MADE:
@@ -118,12 +121,12 @@ class _Doing:
             self._command(self.run.score_command())
 
     def _state(self, status: str, **more: Any) -> dict[str, Any]:
-        common = {"session": self.orders.session, "attempts": self.attempts, "place": self.place}
+        common = {"session": self.settings.session, "attempts": self.attempts, "place": self.place}
         return {"status": status, **common, **more}
 
     def _wait_until_free(self) -> None:
-        """A killed sweep's command may still be saving. UserError where somebody else keeps the folder."""
-        end = time.monotonic() + PATIENCE
+        """Wait for a killed sweep's command, which may still be saving. UserError if another process keeps the folder."""
+        end = time.monotonic() + STOP_TIMEOUT
         for folder in (self.run.folder, self.run.eval):
             while folder.is_dir():
                 try:
@@ -140,11 +143,11 @@ class _Doing:
         time.sleep(seconds)
 
     def _command(self, arguments: list[str]) -> None:
-        """Run etherdiff to its end. CommandError where that is not status 0."""
-        program = self.orders.program or (sys.executable, "-m", "etherdiff")
-        tie = [sys.executable, "-m", "etherdiff.sweeps.tied", str(os.getpid())] if sys.platform == "linux" else []
-        command = [*tie, *program, *arguments]
-        environment = {**os.environ, **self.orders.environment, **self.unit.environment()}
+        """Run etherdiff to its end. CommandError if its status is not 0."""
+        program = self.settings.program or (sys.executable, "-m", "etherdiff")
+        wrapper = [sys.executable, "-m", "etherdiff.sweeps.child_process", str(os.getpid())] if sys.platform == "linux" else []
+        command = [*wrapper, *program, *arguments]
+        environment = {**os.environ, **self.settings.environment, **self.unit.environment()}
         self.run.log.parent.mkdir(parents=True, exist_ok=True)
         with self.run.log.open("ab") as log:
             log.write(f"--- {self.place}: etherdiff {' '.join(arguments)}\n".encode())
@@ -177,7 +180,7 @@ class _Doing:
 
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
-    """Have a process save and end; nothing where it has ended."""
+    """Have a process save and end, if it has not ended yet."""
     if process.poll() is not None:
         return
     if os.name == "nt":  # whose terminate() gives no time to save
@@ -185,7 +188,7 @@ def end_process(process: subprocess.Popen[bytes]) -> None:
     else:
         process.terminate()
     try:
-        process.wait(PATIENCE)
+        process.wait(STOP_TIMEOUT)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

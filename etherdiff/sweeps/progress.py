@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: one live table in a terminal, a line per finished run elsewhere."""
+"""Terminal output of a sweep: a live table in a terminal, a line per finished run elsewhere."""
 
 import json
 import time
@@ -20,7 +20,7 @@ TAIL = 4096
 
 
 class Progress:
-    """A context; `update` is to be called about once a second."""
+    """Context that shows the progress; call `update` about once a second."""
 
     def __init__(self, runs: Sequence[SweepRun], finished: int, session: str) -> None:
         self.waiting = {run.name: run for run in runs}
@@ -40,7 +40,7 @@ class Progress:
             self.live.stop()
 
     def update(self, outcomes: Sequence[Outcome]) -> None:
-        """Say what became of runs, and show how the others are."""
+        """Report runs that ended, and show the state of the others."""
         for outcome in outcomes:
             del self.waiting[outcome.run]
             if outcome.error is None:
@@ -58,7 +58,7 @@ class Progress:
         return f"{count} {outcome.run}: failed, {outcome.error.splitlines()[0]}"
 
     def render(self, now: float) -> Group:
-        """The counts, and a row for each run that is worked on; `now` in seconds of a monotonic clock."""
+        """Return the counts, and a row for each run in progress. now: seconds of a monotonic clock."""
         states = [(run, read_state(run)) for run in self.waiting.values()]
         working = [(run, state) for run, state in states if self._is_worked_on(state)]
         counts = {"done": self.finished, "running": len(working), "waiting": len(self.waiting) - len(working)}
@@ -67,7 +67,7 @@ class Progress:
         for header in ("run", "", "step", "loss", "seconds"):
             table.add_column(header, justify="left" if header in ("run", "") else "right")
         for run, state in working:
-            # of this process's own clock: those of other machines, and on the wall, may say anything
+            # this process's own clock: clocks of other machines, and wall clocks, may differ
             table.add_row(*row_of(run, state, now - self.seen.setdefault((run.name, state["status"]), now)))
         return Group(Text(line, style="bold"), *([table] if working else []))
 
@@ -76,7 +76,7 @@ class Progress:
 
 
 def row_of(run: SweepRun, state: dict[str, Any], seconds: float) -> list[str]:
-    """Name, what it does, step of steps, loss, seconds since it was first seen at that."""
+    """Return name, status, step of steps, loss, and seconds since it was first seen with that status."""
     last = last_row(run.folder / "metrics.jsonl")
     loss = last.get("loss")
     step = f"{last.get('step', 0)}/{run.steps}" if run.steps else ""
@@ -84,7 +84,7 @@ def row_of(run: SweepRun, state: dict[str, Any], seconds: float) -> list[str]:
 
 
 def last_row(path: Path) -> dict[str, Any]:
-    """The last whole line of a metrics.jsonl; empty where there is none."""
+    """Return the last whole line of a metrics.jsonl; empty if there is none."""
     try:
         with path.open("rb") as file:
             file.seek(max(path.stat().st_size - TAIL, 0))

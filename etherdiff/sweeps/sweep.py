@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from etherdiff.config import SweepOptions
-from etherdiff.sweeps.backend import Backend, Here
-from etherdiff.sweeps.execute import Orders, Outcome
+from etherdiff.sweeps.backends import Backend, LocalBackend, RayBackend
+from etherdiff.sweeps.execute import Outcome, RunSettings
 from etherdiff.sweeps.planning import plan_units
 from etherdiff.sweeps.progress import Progress
 from etherdiff.sweeps.runs import Stage, SweepRun, Unit, expect_scores, shell_command, stage_of
@@ -132,9 +132,9 @@ def _do(units: Sequence[Unit], finished: int, options: SweepOptions, program: tu
     """Do units; returns the outcomes of the runs that failed. Stopped where a signal came."""
     session = uuid.uuid4().hex
     environment = {name: os.environ[name] for name in FORWARDED if name in os.environ}
-    orders = Orders(options.retries, session, environment, program)
+    settings = RunSettings(options.retries, session, environment, program)
     with signals.deferred():
-        backend = _backend(units, orders, options)
+        backend = _backend(units, settings, options)
         progress = Progress([run for unit in units for run in unit.runs], finished, session)
         try:
             with progress:
@@ -148,12 +148,10 @@ def _do(units: Sequence[Unit], finished: int, options: SweepOptions, program: tu
     return progress.failed
 
 
-def _backend(units: Sequence[Unit], orders: Orders, options: SweepOptions) -> Backend:
+def _backend(units: Sequence[Unit], settings: RunSettings, options: SweepOptions) -> Backend:
     if not has_ray() or (options.jobs == 1 and options.address is None):
-        return Here(units, orders)
-    from etherdiff.sweeps.on_ray import OnRay
-
-    return OnRay(units, orders, options.address, options.jobs)
+        return LocalBackend(units, settings)
+    return RayBackend(units, settings, options.address, options.jobs)
 
 
 def _summary(failed: Sequence[Outcome], total: int) -> str:

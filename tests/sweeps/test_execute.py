@@ -15,13 +15,13 @@ from sweeps.sweep_files import PROGRAM, events, write_file
 from etherdiff.config import SweepOptions
 from etherdiff.runs.folder import RunFolder
 from etherdiff.sweeps import execute
-from etherdiff.sweeps.execute import Interrupted, Orders, do_unit
+from etherdiff.sweeps.execute import Interrupted, RunSettings, run_unit
 from etherdiff.sweeps.runs import Stage, expect_scores, read_state, stage_of
 from etherdiff.sweeps.sweep import plan_sweep, write_files
 from etherdiff.system.locks import run_lock
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-ORDERS = Orders(retries=1, session="this", program=PROGRAM)
+SETTINGS = RunSettings(retries=1, session="this", program=PROGRAM)
 
 
 @pytest.fixture
@@ -42,27 +42,27 @@ def test_a_run_is_made_and_scored_once(unit_of, cache):
     unit = unit_of(resources={"cpus": 3})
     (run,) = unit.runs
     assert stage_of(run) is Stage.ABSENT
-    (outcome,) = do_unit(unit, ORDERS)
+    (outcome,) = run_unit(unit, SETTINGS)
     assert (outcome.run, outcome.error, outcome.attempts) == (run.name, None, 1)
     assert stage_of(run) is Stage.FINISHED
     assert events(cache) == [f"trained {run.name} 3", f"scored {run.name} 3"]
     assert read_state(run)["status"] == "done"
-    do_unit(unit, ORDERS)  # as when Ray tries again what had been done: nothing happens
+    run_unit(unit, SETTINGS)  # as when Ray tries again what had been done: nothing happens
     assert len(events(cache)) == 2
 
 
 def test_what_is_not_whole_is_resumed_and_what_is_not_scored_is_only_scored(unit_of, cache):
     unit = unit_of()
     (run,) = unit.runs
-    do_unit(unit, ORDERS)
+    run_unit(unit, SETTINGS)
     (run.folder / "adapter/weights").write_text("damaged")
     assert stage_of(run) is Stage.BEGUN
-    do_unit(unit, ORDERS)
+    run_unit(unit, SETTINGS)
     assert stage_of(run) is Stage.FINISHED
     assert run.log.read_text().count("resuming at step 3") == 1
     (run.folder / "eval/metrics.json").write_text("{}")  # somebody scored it otherwise
     assert stage_of(run) is Stage.MADE
-    do_unit(unit, ORDERS)
+    run_unit(unit, SETTINGS)
     assert [line.split()[0] for line in events(cache)] == ["trained", "scored", "trained", "scored", "scored"]
 
 
@@ -70,7 +70,7 @@ def test_scores_that_came_but_were_not_noted_are_taken(unit_of):
     """Of a sweep that was killed between the two, or of a command that was printed."""
     unit = unit_of()
     (run,) = unit.runs
-    do_unit(unit, ORDERS)
+    run_unit(unit, SETTINGS)
     noted = read_state(run)
     run.state.unlink()
     assert stage_of(run) is Stage.MADE  # nothing tells with which options
@@ -86,13 +86,13 @@ def test_scores_that_came_but_were_not_noted_are_taken(unit_of):
 def test_another_configuration_is_refused(unit_of):
     unit = unit_of()
     (run,) = unit.runs
-    do_unit(unit, ORDERS)
+    run_unit(unit, SETTINGS)
     settings = RunFolder(run.folder).settings
     first, _, rest = settings.read_text().partition("\n")
     other = rest.replace("steps: 3", "steps: 4")
 
     settings.write_text(f"{first[:-64]}{hashlib.sha256(other.encode()).hexdigest()}\n{other}")
-    (outcome,) = do_unit(unit, ORDERS)
+    (outcome,) = run_unit(unit, SETTINGS)
     assert outcome.attempts == 1
     assert "holds a run of another configuration (steps: 4, here 3)" in outcome.error
 
@@ -107,14 +107,14 @@ def test_another_configuration_is_refused(unit_of):
 )
 def test_what_failed_is_tried_again_unless_its_input_is_wrong(unit_of, identifier, attempts, error):
     unit = unit_of(settings={"identifier": identifier})
-    (outcome,) = do_unit(unit, ORDERS)
+    (outcome,) = run_unit(unit, SETTINGS)
     assert (outcome.attempts, outcome.error) == (attempts, error)
     assert read_state(unit.runs[0])["status"] == ("done" if error is None else "failed")
 
 
 def test_what_builds_on_a_failed_run_is_left_out(unit_of, cache):
     alternative = {"method": "oft", "identifier": "hopeless", "then": [{"steps": 2, "identifier": "sks"}]}
-    first, second = do_unit(unit_of(runs=[alternative]), ORDERS)
+    first, second = run_unit(unit_of(runs=[alternative]), SETTINGS)
     assert second.error == f"left out: {first.run}, which it builds on, failed"
     assert events(cache) == []
 
@@ -132,10 +132,10 @@ def test_a_stop_lets_the_run_save_and_the_next_start_goes_on(unit_of, cache):
 
     threading.Thread(target=stop_after_some_steps, daemon=True).start()
     with pytest.raises(Interrupted):
-        do_unit(unit, ORDERS, stopping.is_set)
+        run_unit(unit, SETTINGS, stopping.is_set)
     assert stage_of(run) is Stage.BEGUN
     assert not events(cache)
-    do_unit(unit, ORDERS)
+    run_unit(unit, SETTINGS)
     assert "resuming at step" in run.log.read_text()
     assert [json.loads(line)["step"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()] == list(range(1, 9))
 
@@ -146,15 +146,15 @@ def test_a_folder_that_is_still_held_is_waited_for(unit_of, cache):
     held = run_lock(run.folder)
     held.__enter__()
     threading.Timer(0.5, held.__exit__, (None, None, None)).start()
-    (outcome,) = do_unit(unit, ORDERS)
+    (outcome,) = run_unit(unit, SETTINGS)
     assert outcome.error is None
 
 
 def test_a_folder_that_is_held_for_good_is_a_failure(unit_of, monkeypatch):
-    monkeypatch.setattr(execute, "PATIENCE", 0.3)
+    monkeypatch.setattr(execute, "STOP_TIMEOUT", 0.3)
     unit = unit_of()
     with run_lock(unit.runs[0].folder):
-        (outcome,) = do_unit(unit, ORDERS)
+        (outcome,) = run_unit(unit, SETTINGS)
     assert f"is in use by process {os.getpid()}" in outcome.error
 
 
@@ -168,7 +168,8 @@ def test_a_command_gets_sigterm_when_its_parent_is_killed(tmp_path):
     )
     parent = (
         "import os, subprocess, sys\n"
-        "subprocess.run([sys.executable, '-m', 'etherdiff.sweeps.tied', str(os.getpid()), sys.executable, '-c', *sys.argv[1:]])"
+        "wrapper = [sys.executable, '-m', 'etherdiff.sweeps.child_process', str(os.getpid())]\n"
+        "subprocess.run([*wrapper, sys.executable, '-c', *sys.argv[1:]])"
     )
     mark = tmp_path / "mark"
     process = subprocess.Popen([sys.executable, "-c", parent, child, str(mark)], stdout=subprocess.PIPE, text=True)
@@ -183,7 +184,7 @@ def test_a_command_gets_sigterm_when_its_parent_is_killed(tmp_path):
 
 
 def test_a_command_whose_parent_is_gone_already_does_not_start():
-    command = [sys.executable, "-m", "etherdiff.sweeps.tied", "1", "echo", "started"]
+    command = [sys.executable, "-m", "etherdiff.sweeps.child_process", "1", "echo", "started"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (143, "")
 
