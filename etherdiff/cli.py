@@ -244,14 +244,17 @@ def eval_run(run: RunArgument, as_json: JsonOption = False, *, given: Mapping[st
     from etherdiff.eval.evaluate import evaluate, render
     from etherdiff.eval.evaluate_control import evaluate_control
     from etherdiff.eval.evaluate_control import render as render_control
+    from etherdiff.report import show_report
     from etherdiff.runs.run import Run
     from etherdiff.sweeps.judging import control_options, subject_options
 
-    if Run.open(run).is_controlled:
+    is_controlled = Run.open(run).is_controlled
+    if is_controlled:
         found = evaluate_control(run, control_options(_of_task(c.ControlEvalOptions, run, given)))
-        _print(found, as_json, render_control)
     else:
-        _print(evaluate(run, subject_options(_of_task(c.SubjectEvalOptions, run, given))), as_json, render)
+        found = evaluate(run, subject_options(_of_task(c.SubjectEvalOptions, run, given)))
+    show_report(run)
+    _print(found, as_json, render_control if is_controlled else render)
 
 
 def _of_task(model: type[c.EvalOptions], run: Path, given: Mapping[str, Any]) -> Any:
@@ -333,10 +336,11 @@ def inspect_base(options: c.InspectOptions, as_json: JsonOption = False) -> None
 @command("demo", LOOK, c.DemoOptions)
 def demo(options: c.DemoOptions) -> None:
     """Run the whole job on the tiny base in a few minutes: train, draw, score, merge, export, and say what to look at."""
+    from etherdiff.report import show_report
     from etherdiff.run import train
     from etherdiff.use.demo import run_demo
 
-    run_demo(options.output, train)
+    run_demo(options.output, train, show_report)
 
 
 @command("check", LOOK, c.CheckOptions, group=data)

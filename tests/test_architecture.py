@@ -61,11 +61,6 @@ LAYERS = [
     {"__main__"},
 ]
 """Rooms of the package, lowest first: a module imports from its own room and from those below, never from beside or above."""
-EXCEPTIONS = {
-    "etherdiff.eval.evaluate": {"report"},
-    "etherdiff.eval.evaluate_control": {"report"},
-}
-"""Modules that still look up, and to where."""
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in sorted(rooms)}
 
 
@@ -82,17 +77,12 @@ def test_imports_point_down(room):
     modules = inside(f"etherdiff.{room}")
     assert modules, f"there is no etherdiff.{room}: name the rooms that there are in LAYERS"
     for name in modules:
-        wrong = {other for other in rooms_imported(name) - {room} if LEVEL[other] >= LEVEL[room]} - EXCEPTIONS.get(name, set())
+        wrong = {other for other in rooms_imported(name) - {room} if LEVEL[other] >= LEVEL[room]}
         assert not wrong, f"{name} imports {', '.join(sorted(wrong))}, not below {room}"
 
 
 def test_every_module_is_in_a_room_with_a_layer():
     assert {room_of(name) for name in MODULES if name != "etherdiff"} == set(LEVEL)
-
-
-def test_every_exception_is_still_needed():
-    for name, rooms in EXCEPTIONS.items():
-        assert rooms <= rooms_imported(name), f"{name} no longer imports {', '.join(sorted(rooms - rooms_imported(name)))}"
 
 
 def test_nothing_but_the_program_imports_the_command_line():

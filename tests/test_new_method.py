@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from etherdiff.report.drift import drift_section
 from peft import MissConfig
 from peft.tuners.miss import MissLayer
 
@@ -13,7 +14,6 @@ from etherdiff.adapters.perturbation import distance_problem
 from etherdiff.families.bases import find_base
 from etherdiff.families.sd1 import load_base
 from etherdiff.report.contents import Contents
-from etherdiff.report.drift import drift_section
 from etherdiff.results import drawing
 from etherdiff.system.errors import UserError
 from etherdiff.use.inspection import inspect_base

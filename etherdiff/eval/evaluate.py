@@ -42,7 +42,6 @@ from etherdiff.eval.scores import PromptForm, Scoring, score_images
 from etherdiff.families.bases import find_base
 from etherdiff.families.sd1 import Base, fingerprint, load_base, make_pipeline
 from etherdiff.images.reading import read_images
-from etherdiff.report.reporting import show_report
 from etherdiff.runs.folder import RunFolder, check_result
 from etherdiff.runs.run import Run
 from etherdiff.system.devices import device_problem, resolve_device
@@ -187,7 +186,6 @@ def evaluate(path: Path, options: EvalOptions) -> dict[str, Any]:
             result = score(plan)
         write_json(plan.folder / "metrics.json", result, allow_nan=False)
         write_json(plan.folder / "cost.json", {"seconds": seconds})
-    show_report(path)
     return result
 
 

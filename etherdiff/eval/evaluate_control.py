@@ -34,7 +34,6 @@ from etherdiff.families.sampling import S2I_SAMPLING, chunks, sheet, slug
 from etherdiff.images.crops import resize_and_crop
 from etherdiff.images.png import save_png
 from etherdiff.images.reading import UnreadableImage, read_image
-from etherdiff.report.reporting import show_report
 from etherdiff.runs.control import load_control_run
 from etherdiff.runs.run import Run
 from etherdiff.system.devices import resolve_device
@@ -208,7 +207,6 @@ def evaluate_control(path: Path, options: ControlOptions) -> dict[str, Any]:
             write_sheet(plan)
             write_json(plan.folder / "metrics.json", result, allow_nan=False)
             write_json(plan.folder / "cost.json", {"seconds": seconds})
-    show_report(path)
     return result
 
 

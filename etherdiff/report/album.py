@@ -2,12 +2,12 @@
 
 import base64
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from etherdiff.images.reading import UnreadableImage, read_image
-from etherdiff.report.markup import Html, tag
 
 BUDGET = 12_000_000
 """Characters of the page that images may take."""
@@ -19,8 +19,23 @@ QUALITY = 82
 _TYPICAL = 0.35  # characters of the page per pixel of a JPEG: base64 of a quarter of a byte
 
 
+@dataclass(frozen=True)
+class Picture:
+    """An image, or why there is none."""
+
+    alt: str
+    source: str = ""
+    """A data: address; empty where the image is not shown."""
+    width: int = 0
+    height: int = 0
+    is_pixelated: bool = False
+    why_not: str = ""
+    badge: str = ""
+    """What is written on the image."""
+
+
 class Album:
-    """Turns files into `img` elements. It is told how many will come, and chooses the side that all have room in.
+    """Turns files into pictures. It is told how many will come, and chooses the side that all have room in.
 
     Should they be larger than is typical, what no longer fits is named instead of shown.
     """
@@ -32,27 +47,27 @@ class Album:
         fitting = (side for side in SIDES if expected * side * side * _TYPICAL <= budget)
         self.side = next(fitting, SIDES[-1])
 
-    def picture(self, path: Path, alt: str, side: int | None = None) -> Html:
-        """The image; or, in its place, why it is not shown. side: the longest side in pixels, if not that of all."""
+    def picture(self, path: Path, alt: str, side: int | None = None, badge: str = "") -> Picture:
+        """Read an image; `side` is its longest side in pixels, if not that of all."""
         try:
             image = read_image(path)
         except UnreadableImage as error:
-            return tag("span", f"unreadable: {error.why}", class_="no-image")
-        content, kind, class_ = _encode(image, side or self.side)
+            return Picture(alt, why_not=f"unreadable: {error.why}", badge=badge)
+        content, kind = _encode(image, side or self.side)
         source = f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
         if self.spent + len(source) > self.budget:
             self.not_shown += 1
-            return tag("span", "not shown", class_="no-image")
+            return Picture(alt, why_not="not shown", badge=badge)
         self.spent += len(source)
-        return tag("img", src=source, alt=alt, title=alt, width=image.width, height=image.height, class_=class_)
+        return Picture(alt, source, image.width, image.height, kind == "png", badge=badge)
 
 
-def _encode(image: Image.Image, side: int) -> tuple[bytes, str, str | None]:
-    """File, kind and class of an RGB image, without what its file may tell besides."""
+def _encode(image: Image.Image, side: int) -> tuple[bytes, str]:
+    """File and kind of an RGB image, without what its file may hold besides; it is shrunk in place."""
     file = io.BytesIO()
     if max(image.size) <= SMALL:
         Image.frombytes("RGB", image.size, image.tobytes()).save(file, "PNG", optimize=True)
-        return file.getvalue(), "png", "pixels"
+        return file.getvalue(), "png"
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     Image.frombytes("RGB", image.size, image.tobytes()).save(file, "JPEG", quality=QUALITY, optimize=True)
-    return file.getvalue(), "jpeg", None
+    return file.getvalue(), "jpeg"

@@ -1,16 +1,21 @@
-"""Charts as inline SVG: axes, ticks, labels, a legend. Colours come from the page's style, so they follow dark and light."""
+"""Charts as places on a drawing, which a template turns into SVG; and curves thinned and smoothed for them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-from etherdiff.report.markup import Html, foreign, join, tag
-from etherdiff.report.numbers import short
+from etherdiff.system.words import short
 
 WIDTH, HEIGHT = 420, 250
 """Units of the drawing: about as many pixels as it has on a phone, so that 12 stays readable there."""
 LEFT, RIGHT, TOP, BOTTOM = 52, 20, 14, 36
 TICKS = 6
+MAX_POINTS = 240
+"""Points of a curve; more are averaged in groups."""
+NEIGHBOURS = 12
+"""Points on either side that a smoothed curve averages."""
 Point = tuple[float, float]
 
 
@@ -38,8 +43,121 @@ class Mark:
     label: str
 
 
+@dataclass(frozen=True)
+class Chart:
+    """A figure of one or more series over x."""
+
+    title: str
+    series: Sequence[Series]
+    x_label: str
+    marks: Sequence[Mark] = ()
+    x_range: Point | None = None
+    """Range that several charts share; None: where the points are."""
+    from_zero: bool = False
+    """Whether the vertical axis starts at 0, for quantities whose size matters rather than their change."""
+
+    @cached_property
+    def drawn(self) -> list[Series]:
+        """The series that have a point; a chart without one is not drawn."""
+        return [one for one in self.series if one.points]
+
+    @property
+    def words(self) -> str:
+        """The chart for who cannot see it."""
+        told = [
+            f"{one.name} from {short(one.points[0][1])} at {short(one.points[0][0])} "
+            f"to {short(one.points[-1][1])} at {short(one.points[-1][0])}"
+            for one in self.drawn
+            if not one.faint
+        ]
+        return f"{self.title}: {'; '.join(told)}"
+
+    @cached_property
+    def x_limits(self) -> Point:
+        return self.x_range or _range([x for one in self.drawn for x, _ in one.points], margin=0)
+
+    @cached_property
+    def y_limits(self) -> Point:
+        values = [y for one in self.drawn for _, y in one.points]
+        low, high = _range([0.0, *values] if self.from_zero else values, margin=0.06)
+        return (0.0 if self.from_zero else low), high
+
+    def x(self, value: float) -> float:
+        """Place of a value on the drawing."""
+        return _placed(value, self.x_limits, LEFT, WIDTH - RIGHT)
+
+    def y(self, value: float) -> float:
+        return _placed(value, self.y_limits, HEIGHT - BOTTOM, TOP)
+
+    def x_ticks(self) -> list[tuple[float, str]]:
+        """Place and label of each tick; x counts steps or layers, so that it has whole numbers."""
+        values = [x for x in ticks(*self.x_limits) if x == int(x)]
+        return [(self.x(value), label) for value, label in zip(values, _labels(values), strict=True)]
+
+    def y_ticks(self) -> list[tuple[float, str]]:
+        values = ticks(*self.y_limits)
+        return [(self.y(value), label) for value, label in zip(values, _labels(values), strict=True)]
+
+    def visible_marks(self) -> list[tuple[float, str, bool]]:
+        """Place, label, and whether the label is on the left side of the line."""
+        low, high = self.x_limits
+        placed = [(self.x(mark.x), mark.label) for mark in self.marks if low <= mark.x <= high]
+        return [(x, label, x > (LEFT + WIDTH - RIGHT) / 2) for x, label in placed]
+
+    def polyline(self, one: Series) -> str:
+        """The line through a series' points; empty where it has none."""
+        if not one.line or len(one.points) < 2:
+            return ""
+        return " ".join(f"{self.x(x)},{self.y(y)}" for x, y in one.points)
+
+    def dots(self, one: Series) -> list[tuple[float, float, str]]:
+        """Place and name of each dot; a lone point is always one."""
+        if not one.dots and (len(one.points) > 1 or not one.line):
+            return []
+        names = one.names or [f"{short(x)}: {short(y)}" for x, y in one.points]
+        return [(self.x(x), self.y(y), name) for (x, y), name in zip(one.points, names, strict=True)]
+
+
+def interval_bar(mean: float, low: float | None, high: float | None, domain: Point) -> tuple[float, float | None, float | None]:
+    """Places of a mean and of its interval's ends on a bar 200 wide, within a domain that neighbouring bars share."""
+    places = [None if value is None else _placed(value, domain, 6, 194, flat=0) for value in (mean, low, high)]
+    return places[0] or 0.0, places[1], places[2]
+
+
+def points(rows: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
+    """Find (step, value) wherever the value is a finite number."""
+    return [(row["step"], value) for row in rows if (value := number(row.get(name))) is not None]
+
+
+def number(value: Any) -> float | None:
+    """Return a finite number; None for everything else that a file may hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def thinned(values: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
+    """Return at most `most` points: each the mean of neighbours."""
+    size = -(-len(values) // most) or 1
+    groups = [values[start : start + size] for start in range(0, len(values), size)]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def smoothed(values: Sequence[Point], neighbours: int = NEIGHBOURS) -> list[Point]:
+    """Average each value with as many neighbours on its left as on its right."""
+    found = []
+    for place, (x, _) in enumerate(values):
+        reach = min(neighbours, place, len(values) - 1 - place)
+        window = values[place - reach : place + reach + 1]
+        found.append((x, sum(y for _, y in window) / len(window)))
+    return found
+
+
 def ticks(low: float, high: float, about: int = TICKS) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`, both inside or on the range."""
+    """Choose round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`."""
     if not high > low:
         return [low]
     rough = (high - low) / about
@@ -49,106 +167,19 @@ def ticks(low: float, high: float, about: int = TICKS) -> list[float]:
     return [count * step for count in range(first, last + 1)]
 
 
-def chart(
-    title: str,
-    series: Sequence[Series],
-    x_label: str,
-    marks: Sequence[Mark] = (),
-    x_range: tuple[float, float] | None = None,
-    from_zero: bool = False,
-) -> Html:
-    """A figure of one or more series over x; empty markup where there is no point.
-
-    x_range: that several charts share; None: where the points are.
-    from_zero: start the vertical axis at 0, for quantities whose size matters rather than their change.
-    """
-    drawn = [one for one in series if one.points]
-    if not drawn:
-        return Html()
-    x_range = x_range or _range([x for one in drawn for x, _ in one.points], margin=0)
-    values = [y for one in drawn for _, y in one.points]
-    y_range = _range([0.0, *values] if from_zero else values, margin=0.06)
-    if from_zero:
-        y_range = (0.0, y_range[1])
-    frame = _Frame(x_range, y_range)
-    picture = tag(
-        "svg",
-        *_axes(frame, x_label),
-        *(_mark(frame, mark) for mark in marks if x_range[0] <= mark.x <= x_range[1]),
-        *(_series(frame, one) for one in drawn),
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        role="img",
-        aria_label=f"{title}: {_in_words(drawn)}",
-    )
-    legend = [_key(one) for one in drawn if not one.faint]
-    caption = tag("figcaption", tag("strong", title), tag("span", *legend, class_="legend") if len(legend) > 1 else None)
-    return tag("figure", caption, picture, class_="chart")
-
-
-def interval_bar(mean: float, low: float | None, high: float | None, domain: tuple[float, float], colour: int) -> Html:
-    """A dot at the mean on its interval, within a domain that neighbouring bars share."""
-    start, end = domain
-    width = 200
-
-    def at(value: float) -> float:
-        return round(6 + (width - 12) * (value - start) / ((end - start) or 1), 1)
-
-    line = tag("line", x1=at(low), x2=at(high), y1=9, y2=9, class_="interval") if low is not None and high is not None else None
-    dot = tag("circle", cx=at(mean), cy=9, r=5)
-    group = tag("g", line, dot, class_=f"colour-{colour}")
-    axis = tag("line", x1=0, x2=width, y1=9, y2=9, class_="grid")
-    return tag("svg", axis, group, viewBox=f"0 0 {width} 18", class_="bar", aria_hidden="true")
-
-
-def share_bar(share: float) -> Html:
-    """A bar as long as a share in [0, 1]."""
-    bar = tag("rect", x=0, y=3, width=round(200 * min(max(share, 0.0), 1.0), 1), height=12, rx=2)
-    return tag("svg", tag("g", bar, class_="colour-0"), viewBox="0 0 200 18", class_="bar", aria_hidden="true")
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """From values to places on the drawing."""
-
-    x_range: tuple[float, float]
-    y_range: tuple[float, float]
-
-    def x(self, value: float) -> float:
-        return _placed(value, self.x_range, LEFT, WIDTH - RIGHT)
-
-    def y(self, value: float) -> float:
-        return _placed(value, self.y_range, HEIGHT - BOTTOM, TOP)
-
-
-def _placed(value: float, values: tuple[float, float], start: float, end: float) -> float:
+def _placed(value: float, values: Point, start: float, end: float, flat: float = 0.5) -> float:
+    """Where a value of a range lies between two places; `flat`: the share where the range is a single value."""
     low, high = values
-    share = (value - low) / (high - low) if high > low else 0.5
+    share = (value - low) / (high - low) if high > low else flat
     return round(start + share * (end - start), 1)
 
 
-def _range(values: Sequence[float], margin: float) -> tuple[float, float]:
+def _range(values: Sequence[float], margin: float) -> Point:
     low, high = min(values), max(values)
     if low == high:
         room = abs(low) * 0.1 or 1.0
         return (low - room, high + room) if margin else (low, high)
     return low - margin * (high - low), high + margin * (high - low)
-
-
-def _axes(frame: _Frame, x_label: str) -> list[Html]:
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-    y_ticks, x_ticks = ticks(*frame.y_range), [x for x in ticks(*frame.x_range) if x == int(x)]
-    found = []
-    for value, label in zip(y_ticks, _labels(y_ticks), strict=True):
-        y = frame.y(value)
-        found.append(tag("line", x1=LEFT, x2=right, y1=y, y2=y, class_="grid"))
-        found.append(tag("text", label, x=LEFT - 6, y=y + 4, text_anchor="end"))
-    for value, label in zip(x_ticks, _labels(x_ticks), strict=True):
-        x = frame.x(value)
-        found.append(tag("line", x1=x, x2=x, y1=bottom, y2=bottom + 4, class_="axis"))
-        found.append(tag("text", label, x=x, y=bottom + 17, text_anchor="middle"))
-    found.append(tag("line", x1=LEFT, x2=right, y1=bottom, y2=bottom, class_="axis"))
-    found.append(tag("text", x_label, x=right, y=HEIGHT - 4, text_anchor="end", class_="label"))
-    return found
 
 
 def _labels(values: Sequence[float]) -> list[str]:
@@ -159,35 +190,3 @@ def _labels(values: Sequence[float]) -> list[str]:
         return [f"{value:.1e}" if value else "0" for value in values]
     decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step else 0
     return [f"{value + 0.0:,.{decimals}f}".replace("-", "−") for value in values]
-
-
-def _mark(frame: _Frame, mark: Mark) -> Html:
-    x = frame.x(mark.x)
-    on_the_left = x > (LEFT + WIDTH - RIGHT) / 2
-    line = tag("line", x1=x, x2=x, y1=TOP, y2=HEIGHT - BOTTOM, class_="mark")
-    place = {"x": x - 5, "text_anchor": "end"} if on_the_left else {"x": x + 5, "text_anchor": "start"}
-    return join(line, tag("text", mark.label, y=HEIGHT - BOTTOM - 7, class_="mark-label", **place))
-
-
-def _series(frame: _Frame, one: Series) -> Html:
-    placed = [(frame.x(x), frame.y(y)) for x, y in one.points]
-    parts = []
-    if one.line and len(placed) > 1:
-        parts.append(tag("polyline", points=" ".join(f"{x},{y}" for x, y in placed)))
-    if one.dots or len(placed) == 1:
-        names = one.names or [f"{short(x)}: {short(y)}" for x, y in one.points]
-        parts += [tag("circle", tag("title", name), cx=x, cy=y, r=3) for (x, y), name in zip(placed, names, strict=True)]
-    return tag("g", *parts, class_=f"colour-{one.colour}" + (" faint" if one.faint else ""))
-
-
-def _key(one: Series) -> Html:
-    return tag("span", tag("i", class_=f"key colour-{one.colour}"), foreign(one.name), class_="entry")
-
-
-def _in_words(series: Sequence[Series]) -> str:
-    words = []
-    for one in series:
-        if not one.faint:
-            (first_x, first_y), (last_x, last_y) = one.points[0], one.points[-1]
-            words.append(f"{one.name} from {short(first_y)} at {short(first_x)} to {short(last_y)} at {short(last_x)}")
-    return "; ".join(words)

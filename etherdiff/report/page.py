@@ -1,103 +1,353 @@
-"""The page: head, key facts, sections, style. No script, and a policy that forbids it to ask for anything."""
+"""The page: what a run's files say, put in the order and the words in which the templates show it."""
 
-from importlib import resources
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from etherdiff import __version__
-from etherdiff.report.album import Album
-from etherdiff.report.contents import Contents, mapping
-from etherdiff.report.cost import cost_section, trainable
-from etherdiff.report.curves import curves_section
-from etherdiff.report.drift import drift_section
-from etherdiff.report.markup import Html, facts, foreign, join, tag
-from etherdiff.report.numbers import counted, number, seconds
-from etherdiff.report.pictures import expected_images, picture_sections
-from etherdiff.report.scores import headline, left_out_count, per_class_section, per_prompt_section, scores_section
-from etherdiff.report.settings import settings_section, shown
+from etherdiff.adapters.drift import LayerDrift
+from etherdiff.adapters.methods import METHODS
+from etherdiff.report.album import Album, Picture
+from etherdiff.report.charts import NEIGHBOURS, Chart, Mark, Point, Series, number, points, smoothed, thinned
+from etherdiff.report.contents import Contents, Grid, Images
+from etherdiff.report.scores import headline, left_out_count, per_class, per_prompt, score_title, scores_view
+from etherdiff.report.template import foreign, parts, render
+from etherdiff.runs.result import EvalResult
+from etherdiff.system.words import counted, duration, score, short, size
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-"""Nothing is fetched and no script runs, whatever the page may hold."""
-Section = tuple[str, str, Html]
-"""id, title, body."""
+MAX_PROMPTS = 40
+MAX_SEEDS = 4
+MAX_STEPS = 5
+MAX_PHOTOS = 6
+SHEET_SIDE = 1600
+OPEN = 8
+"""Prompts that are in sight at once; the others open at a click."""
+BAD_IMAGES = ("black", "unreadable", "bad_features")
+"""Kinds of images that are in no score, or not in all."""
+NO_CURVE = ("step", "learning_rate", "loss", "validation_loss")
+NEVER_SAVED = ("overwrite", "dry_run")
+LAYERS = "layer, in the network's order"
+Row = Sequence[object]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells for the template `table`; the first column names the rows."""
+
+    head: Row
+    rows: Sequence[Row]
+    kind: str
+    """Classes of the style sheet."""
+    label: str
+    """What it shows, read aloud to who cannot see it."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A prompt's images: whose they are -> a picture per seed."""
+
+    prompt: str
+    rows: dict[str, list[Picture]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page that has something to show."""
+
+    name: str
+    """Of its macro in the template, and of its anchor."""
+    title: str
+    content: Any
 
 
 def make_page(contents: Contents) -> str:
-    """The whole report. A function of the run's files alone: no clock, nothing of the machine."""
+    """Write the whole report. A function of the run's files alone: no clock, nothing of the machine."""
+    run = contents.run
     album = Album(expected_images(contents))
-    title = f"{contents.config.method} on {_subject(contents)}"
-    sections = _sections(contents, album)
-    links = [tag("a", name, href=f"#{place}") for place, name, _ in sections]
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("link", rel="icon", href="data:,"),
-        tag("title", f"{title} · etherdiff"),
-        tag("style", _style()),
-    )
-    body = tag(
-        "body",
-        tag("header", tag("h1", foreign(title)), _prompt(contents), _key_facts(contents), tag("nav", *links)),
-        tag("main", _warnings(contents, album), *(_section(*section) for section in sections)),
-        tag("footer", f"Made by etherdiff {__version__} from ", foreign(contents.path.resolve().name), "."),
-    )
-    return join(Html("<!doctype html>\n"), tag("html", head, body, lang="en"), "\n")
-
-
-def _sections(contents: Contents, album: Album) -> list[Section]:
-    found: list[tuple[str, str, Html | None]] = [
-        *picture_sections(contents, album),
-        ("scores", "Scores", scores_section(contents)),
-        ("prompts", "Prompt by prompt", per_prompt_section(contents)),
-        ("classes", "Class by class", per_class_section(contents)),
-        ("curves", "Learning curves", curves_section(contents)),
-        ("cost", "Cost", cost_section(contents)),
-        ("drift", "Drift from the base", drift_section(contents)),
-        ("settings", "Settings", settings_section(contents)),
+    sections = [
+        *_pictures(contents, album),
+        Section("scores", "Scores", scores_view(contents)),
+        Section("prompts", "Prompt by prompt", per_prompt(contents.result)),
+        Section("classes", "Class by class", per_class(contents.result)),
+        Section("curves", "Learning curves", _curves(contents)),
+        Section("cost", "Cost", _cost(contents)),
+        Section("drift", "Drift from the base", _drift(contents)),
+        Section("settings", "Settings", _settings(contents)),
     ]
-    return [(place, name, body) for place, name, body in found if body]
-
-
-def _section(place: str, name: str, body: Html) -> Html:
-    return tag("section", tag("h2", name), body, id=place)
-
-
-def _subject(contents: Contents) -> str:
-    subject = str(getattr(contents.config, "subject", None) or getattr(contents.config, "dataset", ""))
-    return Path(subject).name or subject
-
-
-def _prompt(contents: Contents) -> Html | None:
-    prompt = contents.provenance.get("subject_prompt")
-    return tag("p", "trained on “", foreign(prompt), "”", class_="note") if isinstance(prompt, str) else None
-
-
-def _key_facts(contents: Contents) -> Html:
-    config, done = contents.config, contents.curves[-1]["step"] if contents.curves else 0
-    spent = number(mapping(contents.cost.get("seconds")).get("train"))
-    return facts(
-        {
-            "base": foreign(shown(config.base)),
-            "steps": f"{done:,} of {config.steps:,}" if done < config.steps else f"{config.steps:,}",
-            "trainable parameters": trainable(contents),
-            "training time": seconds(spent) if spent is not None else None,
-            **headline(contents),
-        }
+    return render(
+        "page.html.j2",
+        title=f"{run.method_label} on {run.subject_name}",
+        prompt=run.provenance.subject_prompt,
+        facts=_key_facts(contents),
+        warnings=_warnings(contents, album),
+        sections=[section for section in sections if section.content],
+        version=__version__,
+        name=run.name,
     )
 
 
-def _warnings(contents: Contents, album: Album) -> Html | None:
+def _key_facts(contents: Contents) -> dict[str, object]:
+    config, done = contents.run.config, contents.curves[-1]["step"] if contents.curves else 0
+    seconds = contents.cost.seconds.get("train")
+    return {
+        "base": foreign(shown(config.base)),
+        "steps": f"{done:,} of {config.steps:,}" if done < config.steps else f"{config.steps:,}",
+        "trainable parameters": _trainable(contents),
+        "training time": duration(seconds) if seconds is not None else None,
+        **headline(contents.result),
+    }
+
+
+def _trainable(contents: Contents) -> str | None:
+    return None if contents.trainable is None else f"{contents.trainable:,}"
+
+
+def _warnings(contents: Contents, album: Album) -> list[str]:
     """What the reader has to know before reading on."""
-    told = list(contents.damaged)
+    found = list(contents.damaged)
     if album.not_shown:
-        told.append(f"{counted(album.not_shown, 'image')} not shown, to keep the page small: they are in the run's folder")
-    if count := left_out_count(contents.result or {}):
-        told.append(f"left out of the scores: {count:,} (images or prompts; see the scores for which)")
-    return tag("ul", *(tag("li", foreign(text)) for text in told), class_="warnings") if told else None
+        found.append(f"{counted(album.not_shown, 'image')} not shown, to keep the page small: they are in the run's folder")
+    if count := left_out_count(contents.result):
+        found.append(f"left out of the scores: {count:,} (images or prompts; see the scores for which)")
+    return found
 
 
-def _style() -> Html:
-    """The style sheet, which holds no data and so needs no escaping."""
-    return Html(resources.files("etherdiff.report").joinpath("style.css").read_text(encoding="utf-8"))
+# --- Images ----------------------------------------------------------------------------------------------------------
+
+
+def expected_images(contents: Contents) -> int:
+    """Count about how many images the page will hold."""
+    grids = [grid for group in (contents.evaluated, contents.sampled) for grid in group[:MAX_PROMPTS]]
+    return MAX_PHOTOS + sum(min(len(images), MAX_SEEDS) for grid in grids for images in _rows(grid).values())
+
+
+def _pictures(contents: Contents, album: Album) -> list[Section]:
+    photos: dict[str, Any] = {"photos": [], "told": "", "cards": [], "more": 0}
+    if contents.subject:
+        verb = "Trained on" if contents.run.config.steps else "Judged by"
+        photos["told"] = f"{verb} {counted(len(contents.subject), 'image')}:"
+        photos["photos"] = [
+            album.picture(path, f"training image {n}") for n, path in enumerate(contents.subject[:MAX_PHOTOS], 1)
+        ]
+    found = []
+    if contents.sheet:
+        sheet = album.picture(contents.sheet, "controls, generated and real images", SHEET_SIDE)
+        found.append(Section("sheet", "Control and image", sheet))
+    if contents.evaluated:
+        note = "The base above, the adapted model below; a column per seed."
+        cards = _cards(contents.evaluated, album, _refused(contents.result))
+        found.append(Section("images", "Before and after", photos | {"note": note} | cards))
+    if contents.sampled:
+        note = "The same prompts and seeds at several steps, the base first."
+        before = {"photos": [], "told": "", "cards": []} if contents.evaluated else photos
+        found.append(Section("samples", "During training", before | {"note": note} | _cards(contents.sampled, album, {})))
+    if not found and photos["photos"]:
+        found.append(Section("images", "The subject", photos | {"note": ""}))
+    return found
+
+
+def _cards(grids: Sequence[Grid], album: Album, refused: Mapping[tuple[bool, str, int], str]) -> dict[str, Any]:
+    def pictures(name: str, images: Images, prompt: str) -> list[Picture]:
+        found = []
+        for seed in list(images)[:MAX_SEEDS]:
+            why = refused.get((name == "base", prompt, seed))
+            alt, badge = f"{name}, seed {seed}: {prompt}", f"left out: {why}" if why else ""
+            found.append(album.picture(images[seed], alt, badge=badge))
+        return found
+
+    cards = [
+        Card(grid.prompt, {name: pictures(name, images, grid.prompt) for name, images in _rows(grid).items()})
+        for grid in grids[:MAX_PROMPTS]
+    ]
+    return {"cards": cards, "open": OPEN, "more": len(grids) - len(cards)}
+
+
+def _rows(grid: Grid) -> dict[str, Images]:
+    """The rows to show: all of a few, else the first and some evenly chosen up to the last."""
+    names = list(grid.rows)
+    if len(names) > MAX_STEPS:
+        names = [names[round(place * (len(names) - 1) / (MAX_STEPS - 1))] for place in range(MAX_STEPS)]
+    return {name: grid.rows[name] for name in names}
+
+
+def _refused(result: EvalResult | None) -> dict[tuple[bool, str, int], str]:
+    """Whether it is the base's, prompt and seed of an image that is left out of scores -> why."""
+    found = {}
+    for is_base, of in ((False, result), (True, result and result.base)):
+        for reason in BAD_IMAGES if of else ():
+            for entry in of.left_out.get(reason, []) if of else ():
+                if isinstance(entry.get("prompt"), str) and isinstance(entry.get("seed"), int):
+                    found[is_base, entry["prompt"], entry["seed"]] = reason.replace("_", " ")
+    return found
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+def _curves(contents: Contents) -> dict[str, Any] | None:
+    """Charts of everything that metrics.jsonl logs; None where it logs nothing."""
+    rows, best = contents.curves, contents.best
+    if not rows:
+        return None
+    names = list(dict.fromkeys(name for row in rows for name, value in row.items() if number(value) is not None))
+    marks, steps = [Mark(best.step, f"best: {best.step:,}")] if best else [], (0, rows[-1]["step"])
+    scored = [name for name in names if name not in NO_CURVE]
+    charts = [
+        Chart("Loss", _losses(rows), "step", marks, steps),
+        *(
+            Chart(score_title(name), [Series(score_title(name), points(rows, name), dots=True)], "step", marks, steps)
+            for name in scored
+        ),
+    ]
+    evaluated = [name for name in names if name not in NO_CURVE[:3]]
+    cells = [
+        [f"{row['step']:,}", *(score(number(row.get(name))) for name in evaluated)]
+        for row in rows
+        if any(number(row.get(name)) is not None for name in evaluated)
+    ]
+    return {
+        "best": best,
+        "skipped": sum("loss" in row and number(row["loss"]) is None for row in rows) - contents.run.diverged,
+        "diverged_at": rows[-1]["step"] if contents.run.diverged else None,
+        "charts": [chart for chart in charts if chart.drawn],
+        "numbers": Table(["step", *map(score_title, evaluated)], cells, "numbers", "Evaluations by step") if cells else None,
+    }
+
+
+def _losses(rows: Sequence[Mapping[str, Any]]) -> list[Series]:
+    loss = thinned(points(rows, "loss"))
+    is_noisy = len(loss) > 2 * NEIGHBOURS
+    return [
+        Series("each step", loss if is_noisy else [], faint=True),
+        Series("training loss, smoothed" if is_noisy else "training loss", smoothed(loss) if is_noisy else loss),
+        Series("validation loss", points(rows, "validation_loss"), colour=1, dots=True),
+    ]
+
+
+def _cost(contents: Contents) -> dict[str, Any] | None:
+    """Time, speed, memory, parameters; None where nothing is known of them."""
+    cost = contents.cost
+    stages = cost.seconds | {f"eval: {stage}": value for stage, value in contents.eval_cost.seconds.items()}
+    total = sum(stages.values())
+    facts: dict[str, object] = {
+        "training": f"{short(cost.images_per_second)} images/s" if cost.images_per_second is not None else None,
+        "peak memory": size(cost.peak_memory_bytes) if cost.peak_memory_bytes is not None else None,
+        "trainable parameters": _trainable(contents),
+        "adapter on disk": size(contents.adapter_bytes) if contents.adapter_bytes else None,
+        "device": foreign(cost.device) if cost.device else None,
+        "processes": cost.processes if cost.processes and cost.processes > 1 else None,
+    }
+    rows = [(stage.replace("_", " "), duration(value), value / total if total else 0) for stage, value in stages.items()]
+    if not rows and all(value is None for value in facts.values()):
+        return None
+    return {"facts": facts, "stages": rows, "total": duration(total) if len(rows) > 1 else None}
+
+
+# --- What was learned, and from what -----------------------------------------------------------------------------------
+
+
+def _drift(contents: Contents) -> dict[str, Any]:
+    """‖T - I‖_F where the method multiplies, ‖W' - W‖_F always; or why it is not known."""
+    found = contents.drift
+    if not found:
+        return {"why_not": contents.why_no_drift}
+    sides = [side for drift in found.values() for side in (drift.input_side, drift.output_side) if side is not None]
+    total, norm = (math.hypot(*of) for of in zip(*((d.weight, d.base_norm) for d in found.values()), strict=True))
+    transformation = [
+        _layer_series("input side", found, lambda drift: drift.input_side, 0),
+        _layer_series("output side", found, lambda drift: drift.output_side, 1),
+    ]
+    weight = _layer_series("weight", found, lambda drift: drift.weight / drift.base_norm if drift.base_norm else None, 2)
+    charts = [
+        Chart("Transformation distance ‖T − I‖", transformation, LAYERS, from_zero=True),
+        Chart("Weight distance ‖W′ − W‖ / ‖W‖", [weight], LAYERS, from_zero=True),
+    ]
+    head = ["layer", *(["‖T − I‖ input", "‖T − I‖ output"] if sides else []), "‖W′ − W‖", "‖W‖"]
+    rows = [
+        [
+            layer,
+            *([score(drift.input_side), score(drift.output_side)] if sides else []),
+            score(drift.weight),
+            score(drift.base_norm),
+        ]
+        for layer, drift in found.items()
+    ]
+    return {
+        "why_not": "",
+        "facts": {
+            "layers": f"{len(found):,}",
+            "mean ‖T − I‖": score(sum(sides) / len(sides)) if sides else None,
+            "largest ‖T − I‖": score(max(sides)) if sides else None,
+            "‖W′ − W‖, all layers": score(total),
+            "relative to ‖W‖": f"{100 * total / norm:.2f}%" if norm else None,
+        },
+        "note": _about_transformations(contents, bool(sides)),
+        "charts": [chart for chart in charts if chart.drawn],
+        "layers": Table(head, rows, "numbers layers", "Drift of each layer"),
+    }
+
+
+def _about_transformations(contents: Contents, multiplies: bool) -> str | None:
+    if len(contents.run.adapters) > 1:
+        return "Magnitudes on top of the adapter that they were learned on: the weights of both together are compared."
+    method = METHODS.get(contents.run.config.method)
+    return method and method.bound if multiplies else "The method adds to the weights: it has no transformation."
+
+
+def _layer_series(
+    name: str, found: Mapping[str, LayerDrift], value: Callable[[LayerDrift], float | None], colour: int
+) -> Series:
+    placed: list[Point] = []
+    names = []
+    for place, (layer, drift) in enumerate(found.items(), 1):
+        distance = value(drift)
+        if distance is not None and math.isfinite(distance):
+            placed.append((place, distance))
+            names.append(f"{layer}: {score(distance)}")
+    return Series(name, placed, colour, line=False, dots=True, names=names)
+
+
+def _settings(contents: Contents) -> dict[str, Table]:
+    """What differs from the defaults, everything else, and the provenance. Of paths only the name: the page may travel."""
+    config = contents.run.config
+    given: list[Row] = []
+    others: list[Row] = []
+    for name, option in type(config).model_fields.items():
+        if name not in NEVER_SAVED:
+            value = getattr(config, name)
+            row = [parts().code(name), foreign(shown(value)), option.description]
+            (others if value == option.default else given).append(row)
+    head = ["option", "value", "what it is"]
+    facts = [[name, foreign(shown(value))] for name, value in _flat(contents.run.provenance.content())]
+    return {
+        "given": Table(head, given, "settings", "Settings that differ from the defaults"),
+        "others": Table(head, others, "settings", "Settings at their defaults"),
+        "provenance": Table(["fact", "value"], facts, "settings", "Provenance"),
+    }
+
+
+def shown(value: Any) -> str:
+    """Write a setting as text; of an absolute path the last part."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return " · ".join(shown(one) for one in value)
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    text = str(value)
+    return f"…/{Path(text).name}" if Path(text).is_absolute() and Path(text).name else text
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested names with a dot between."""
+    found: list[tuple[str, Any]] = []
+    for name, value in content.items():
+        found += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [(f"{prefix}{name}", value)]
+    return found

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from etherdiff.eval.metrics import CONTROL_METRICS, HELD_OUT, METRICS
-from etherdiff.report.scores import NAMES
+from etherdiff.report.scores import score_title
 from etherdiff.results.facts import FACTS
 from etherdiff.runs.run import Run
 
@@ -32,8 +32,7 @@ def column(name: str) -> Column:
         entry = FACTS[name]
         return Column(name, entry.label, False, entry.higher_is_better, entry.unit)
     base = name.removesuffix(HELD_OUT)
-    label = NAMES.get(base, base.replace("_", " ")) + (", held-out images" if name != base else "")
-    return Column(name, label, True, METRICS[base].higher_is_better)
+    return Column(name, score_title(name), True, METRICS[base].higher_is_better)
 
 
 def is_score(name: str) -> bool:

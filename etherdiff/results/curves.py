@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from etherdiff.config import PlotOptions
-from etherdiff.report.curves import LABELS, points, thinned
+from etherdiff.report.charts import points, thinned
+from etherdiff.report.scores import score_title
 from etherdiff.results.columns import Column, column, column_problems, is_score, scores_behind
 from etherdiff.results.identity import check_identities
 from etherdiff.results.keys import Value, check_keys, group, refuse_mixtures, shown, value_of
@@ -122,7 +123,7 @@ def _over_steps(paths: Sequence[Path], options: PlotOptions) -> Figure:
     for name in options.y:
         lines = [Line(_shown(values), _logged(of, name), []) for values, of in groups.items()]
         higher = column(name).higher_is_better if is_score(name) else None
-        label = column(name).label if is_score(name) else LABELS.get(name, name.replace("_", " "))
+        label = score_title(name)
         panels.append(Panel(Column(name, label, is_score(name), higher), lines))
     return Figure(STEP, panels, [], collection.left_out)
 

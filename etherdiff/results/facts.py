@@ -14,22 +14,19 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from etherdiff import __version__
-from etherdiff.adapters.drift import adapter_drift, full_drift
+from etherdiff.adapters.drift import full_drift
 from etherdiff.adapters.energy import energy_difference
-from etherdiff.adapters.io import FULL, MAGNITUDE, WEIGHTS, load_adapter, load_adapters, merge_adapter, read_adapter
+from etherdiff.adapters.io import FULL, MAGNITUDE, WEIGHTS, read_adapter
 from etherdiff.adapters.methods import TARGETS, MethodOptions
 from etherdiff.config import TrainConfig
 from etherdiff.eval.best import combined
 from etherdiff.eval.metrics import HELD_OUT
 from etherdiff.families.bases import find_base
-from etherdiff.families.sd1 import load_base
-from etherdiff.report.curves import points
-from etherdiff.runs.base import find_local_base
+from etherdiff.report.charts import points
 from etherdiff.runs.folder import manifest_of
 from etherdiff.runs.run import Run
+from etherdiff.runs.weights import count_trained, measure_drift, merged_weights
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import file_hash, write_json
 from etherdiff.tasks.planning import method_options
@@ -95,13 +92,6 @@ def _result_hash(folder: Path) -> str:
 # --- Counted ---------------------------------------------------------------------------------------------------------
 
 
-def _trainable_parameters(run: Run) -> float:
-    """Trained numbers of the adapters (of a re-fitted run: both); the control encoder is not counted, as in the paper."""
-    if not run.adapters and run.config.method != "none":
-        raise UserError("it has no adapter")
-    return float(sum(read_adapter(folder).trained_parameters() for folder in run.adapters))
-
-
 def _step_flops(run: Run) -> float | None:
     """Of the UNet in one optimizer step, forward and backward, counted by torch on the architecture (see `inspection`)."""
     config = _trained(run)
@@ -163,42 +153,18 @@ def _transformation_distance(run: Run) -> float | None:
     """Mean of ‖T − I‖_F over the layers' sides that are multiplied; None for methods that add."""
     if len(run.adapters) != 1 or read_adapter(run.folder.adapter).peft_type in (FULL, MAGNITUDE):
         return None
-    drift = adapter_drift(load_adapter(_base_unet(run), run.folder.adapter)).values()
+    drift = measure_drift(run).values()
     sides = [side for layer in drift for side in (layer.input_side, layer.output_side) if side is not None]
     return _mean(sides) if sides else None
 
 
 def _weight_distance(run: Run) -> float:
     """Mean of ‖W′ − W‖_F over the layers."""
-    before, after = _weights(run)
-    return _mean([layer.weight for layer in full_drift(before, after).values()])
+    return _mean([layer.weight for layer in full_drift(*merged_weights(run)).values()])
 
 
 def _energy_difference(run: Run, half_space: bool) -> float:
-    before, after = _weights(run)
-    return energy_difference(before, after, half_space)
-
-
-def _weights(run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The targeted layers' weights (out, in) in the base and in what the run made of it."""
-    unet = _base_unet(run)
-    targets = TARGETS[run.config.targets]
-    before = {name: weight.clone() for name, weight in _targeted(unet, targets).items()}
-    adapted = load_adapters(unet, [(folder, 1.0) for folder in run.adapters])
-    return before, _targeted(merge_adapter(adapted), targets)
-
-
-def _targeted(unet: nn.Module, endings: tuple[str, ...]) -> dict[str, Tensor]:
-    dotted = tuple(f".{ending}" for ending in endings)
-    linear = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
-    return {f"{name}.weight": layer.weight.detach() for name, layer in linear.items() if f".{name}".endswith(dotted)}
-
-
-def _base_unet(run: Run) -> Any:
-    """The base's UNet as the run found it; nothing is downloaded. UserError where it is not there any more."""
-    if not run.adapters and run.config.method != "none":
-        raise UserError("it has no adapter")
-    return load_base(find_local_base(run)).unet
+    return energy_difference(*merged_weights(run), half_space)
 
 
 def _mean(values: list[float]) -> float:
@@ -209,7 +175,7 @@ def _mean(values: list[float]) -> float:
 
 
 FACTS: dict[str, Fact] = {
-    "trainable_parameters": Fact("trainable parameters", _trainable_parameters, keep=False, exact=True),
+    "trainable_parameters": Fact("trainable parameters", count_trained, keep=False, exact=True),
     "step_flops": Fact("GFLOP per step", _step_flops, exact=True, unit=1e9),
     "seconds_per_step": Fact("seconds per step", _seconds_per_step, keep=False),
     "validation_loss": Fact("validation loss", _validation_loss, keep=False, higher_is_better=False),

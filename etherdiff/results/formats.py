@@ -11,9 +11,7 @@ from rich.console import Console, Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from etherdiff.report.markup import Html, foreign, join, tag
-from etherdiff.report.numbers import short
-from etherdiff.report.page import POLICY
+from etherdiff.report.template import render
 from etherdiff.results.columns import Column
 from etherdiff.results.facts import FACTS
 from etherdiff.results.keys import shown
@@ -24,23 +22,13 @@ from etherdiff.results.tables import Row, Table, described
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import write_text
 from etherdiff.system.terminal import warn
+from etherdiff.system.words import short
 
 FORMATS = ("text", "markdown", "csv", "html")
 FORMAT_OF = {".md": "markdown", ".csv": "csv", ".html": "html", ".htm": "html"}
 """Ending of a file -> format."""
 WIDTH = 240
 """Characters of a line of text that does not go to a terminal."""
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #1c1c1e; background: #fff; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #d9d9de; white-space: nowrap; }
-th:first-child { text-align: left; } td.paper, th.paper { color: #6b6b72; } tr.beside { color: #6b6b72; }
-.interval { color: #6b6b72; font-size: .85em; } .left-out { color: #a33b00; } li { max-width: 70rem; overflow-wrap: anywhere; }
-@media (prefers-color-scheme: dark) { body { color: #ececf0; background: #17171a; } th, td { border-color: #3a3a40; }
-  td.paper, th.paper, tr.beside, .interval { color: #a2a2aa; } .left-out { color: #ffa470; } }
-"""
 
 
 def find_format(name: str | None, output: Path | None) -> str:
@@ -104,35 +92,14 @@ def as_markdown(table: Table) -> str:
 
 def as_html(table: Table) -> str:
     """A page of its own: no script, nothing fetched, whatever names hold is text."""
-    head = [tag("th", name, scope="col", class_="paper" if name.startswith("paper") else None) for name in _head(table)]
-    body = []
-    for row in table.rows:
-        (first, _), *rest = _cells(table, row)
-        cells = [tag("td", tag("strong", text) if is_best else text) for text, is_best in rest]
-        body.append(tag("tr", tag("th", foreign(first), scope="row"), *cells, class_="beside" if row.beside else None))
-    remarks = [tag("li", foreign(remark)) for remark in table.remarks]
-    lost = [tag("li", foreign(note), class_="left-out") for note in left_out_notes(table.left_out)]
-    title = f"Runs by {', '.join(table.keys)}"
-    page = tag(
-        "html",
-        tag(
-            "head",
-            tag("meta", charset="utf-8"),
-            tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-            tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            tag("link", rel="icon", href="data:,"),
-            tag("title", f"{title} · etherdiff"),
-            tag("style", Html(STYLE)),
-        ),
-        tag(
-            "body",
-            tag("h1", title),
-            tag("div", tag("table", tag("thead", tag("tr", *head)), tag("tbody", *body)), class_="scroll"),
-            tag("ul", *remarks, *lost),
-        ),
-        lang="en",
+    return render(
+        "table.html.j2",
+        title=f"Runs by {', '.join(table.keys)}",
+        head=_head(table),
+        rows=[(_cells(table, row), bool(row.beside)) for row in table.rows],
+        remarks=table.remarks,
+        left_out=left_out_notes(table.left_out),
     )
-    return join(Html("<!doctype html>\n"), page, "\n")
 
 
 def as_csv(table: Table) -> str:

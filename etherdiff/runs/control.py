@@ -11,9 +11,9 @@ from etherdiff.control.datasets import ControlDataset, find_dataset
 from etherdiff.control.pipeline import HintEncoder, StableDiffusionS2IPipeline
 from etherdiff.families.bases import find_base
 from etherdiff.families.sd1 import StableDiffusion, load_base
-from etherdiff.runs.base import refuse_other_base
 from etherdiff.runs.folder import RunFolder, check_result
 from etherdiff.runs.run import Run
+from etherdiff.runs.weights import refuse_other_base
 from etherdiff.system.devices import resolve_device
 from etherdiff.system.errors import UserError
 

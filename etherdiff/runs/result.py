@@ -78,7 +78,7 @@ class SetScores(Record):
     """Score -> why there is none."""
 
 
-class Judged(Record):
+class EvaluatedRun(Record):
     """The run that was evaluated."""
 
     subject: str | None = None
@@ -113,7 +113,7 @@ class EvalResult(SetScores):
     """Scores of the base's images."""
     beside: dict[str, SetScores] = Field(default_factory=dict)
     """Further sets of images of a controllable run -> their scores."""
-    run: Judged = Field(default_factory=Judged)
+    run: EvaluatedRun = Field(default_factory=EvaluatedRun)
     paper: Paper = Field(default_factory=Paper)
 
 

@@ -45,13 +45,13 @@ def fetch(
     return folder
 
 
-def find_cached(repo: str) -> Path | None:
+def find_cached(repo: str, kind: Kind = "model") -> Path | None:
     """Return the folder of a repository in the hub's cache; None if nothing of it is there. Downloads nothing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, local_files_only=True))
+        return Path(snapshot_download(repo, repo_type=kind, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
 

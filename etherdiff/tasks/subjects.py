@@ -13,7 +13,7 @@ from PIL.Image import Image
 
 from etherdiff.images.reading import IMAGE_SUFFIXES, list_images
 from etherdiff.system.errors import UserError
-from etherdiff.system.hub import fetch
+from etherdiff.system.hub import fetch, find_cached
 from etherdiff.system.paths import ASSETS
 from etherdiff.system.text import read_user_text
 from etherdiff.tiny.dreambooth import PROMPTS as TINY_PROMPTS
@@ -115,7 +115,7 @@ def pixels_digest(images: Sequence[Image]) -> str:
     return total.hexdigest()
 
 
-def find_subject(subject: str, data_root: Path | None) -> Subject:
+def find_subject(subject: str, data_root: Path | None, download: bool = True) -> Subject:
     """Find the images of a folder, else of data_root/dreambooth/NAME, else of a tiny world's subject, else of one of the 30.
 
     The tiny world's are rendered in the cache, the 30 come from the hub.
@@ -123,6 +123,7 @@ def find_subject(subject: str, data_root: Path | None) -> Subject:
     Args:
         subject: a folder of images (absolute, or relative to the working directory), or a subject's name.
         data_root: where --data-root or ETHERDIFF_DATA points.
+        download: whether the hub may be asked; else only what is on this machine is found.
 
     Raises:
         UserError: no such folder or name, no images in it, or the hub did not give them.
@@ -135,7 +136,7 @@ def find_subject(subject: str, data_root: Path | None) -> Subject:
     if subject in TINY_SUBJECTS:
         return _from_folder(subject_folder(subject))
     if subject in SUBJECT_CLASSES:
-        return _from_folder(_fetch_from_hub(subject, data_root))
+        return _from_folder(_fetch_from_hub(subject, data_root) if download else _find_cached(subject))
     raise UserError(_why_not_found(subject, folder, data_root))
 
 
@@ -202,6 +203,13 @@ def _fetch_from_hub(name: str, data_root: Path | None) -> Path:
         f"them as DATA/dreambooth/{name}",
     )
     return snapshot / where
+
+
+def _find_cached(name: str) -> Path:
+    snapshot = find_cached(HUB_DATASET, "dataset")
+    if snapshot is None:
+        raise UserError(f"no images of subject '{name}': the hub's cache has nothing of {HUB_DATASET}")
+    return snapshot / "dataset" / name
 
 
 def _data_root_tried(name: str, data_root: Path | None) -> str:

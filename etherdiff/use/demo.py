@@ -32,10 +32,18 @@ SEEDS = 2  # images of each prompt: with more, the demo takes over five minutes
 ENLARGED = 3  # times, on the sheet
 
 
-def run_demo(output: Path, train: Callable[[DreamBoothConfig], Path], steps: int = STEPS, denoising_steps: int = 25) -> None:
+def run_demo(
+    output: Path,
+    train: Callable[[DreamBoothConfig], Path],
+    report: Callable[[Path], None],
+    steps: int = STEPS,
+    denoising_steps: int = 25,
+) -> None:
     """Train ETHER+ on a subject of the tiny world, draw and score what it learned, merge and export, all under `output`.
 
-    train: makes a run folder of a configuration, as `etherdiff.run.train` does.
+    Args:
+        train: makes a run folder of a configuration, as `etherdiff.run.train` does.
+        report: writes the run's report, as `etherdiff.report.show_report` does.
     """
     if output.exists() and any(output.iterdir()):
         raise UserError(f"output: {output} is not empty; choose another folder with --output")
@@ -59,6 +67,7 @@ def run_demo(output: Path, train: Callable[[DreamBoothConfig], Path], steps: int
         )
     )
     result = evaluate(run, EvalOptions(num=SEEDS, steps=denoising_steps))
+    report(run)
     after, before = (found["scores"]["dino" + HELD_OUT]["mean"] for found in (result, result["base"]))
     before_after(run, photos).save(output / "before-after.png")
     proof = merge_run(run, MergeOptions(output=output / "merged"))

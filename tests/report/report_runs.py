@@ -2,16 +2,19 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peft import get_peft_model
 from PIL import Image, ImageDraw
 
-from etherdiff.adapters.io import save_adapter
-from etherdiff.adapters.methods import MethodOptions, add_adapter
-from etherdiff.config import DreamBoothConfig
+from etherdiff.adapters.io import load_adapter, merge_adapter, save_adapter
+from etherdiff.adapters.methods import ATTENTION, MethodOptions, add_adapter, magnitude_config
+from etherdiff.config import DreamBoothConfig, S2IConfig
+from etherdiff.families.bases import find_base
 from etherdiff.families.sampling import save_images
 from etherdiff.families.sd1 import Base, fingerprint, load_base
 from etherdiff.images.png import save_png
@@ -59,6 +62,26 @@ def write_run(path: Path, base: Base | None = None, method: str = "ether+", **se
                     parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
         save_adapter(adapted, RunFolder(path).adapter, facts["base"])
     write_settings(RunFolder(path), "dreambooth", config, facts)
+    return path
+
+
+def write_refitted_run(path: Path) -> Path:
+    """A run of train-s2i that learned magnitudes on top of an OFT, which is beside it as a run of its own."""
+    base = find_base("tiny")
+    oft = write_run(path.parent / "oft", base, "oft")
+    path.mkdir()
+    run = RunFolder(path)
+    shutil.copytree(RunFolder(oft).adapter, run.refitted_adapter)
+    unet = merge_adapter(load_adapter(load_base(base).unet, run.refitted_adapter))
+    magnitudes = get_peft_model(unet, magnitude_config(ATTENTION))
+    with torch.no_grad():
+        for parameter in magnitudes.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.1)
+    recorded = {"name": base.name, "path": str(base.local_path), "fingerprint": fingerprint(base)}
+    save_adapter(magnitudes, run.adapter, recorded)
+    config = S2IConfig(base="tiny", dataset="stripes", method="oft", refit=oft, output=path, targets="attention")
+    write_settings(run, "s2i", config, {"base": recorded})
     return path
 
 

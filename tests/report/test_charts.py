@@ -4,9 +4,31 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from etherdiff.report.charts import HEIGHT, WIDTH, Mark, Series, chart, interval_bar, share_bar, ticks
-from etherdiff.report.curves import points, smoothed, thinned
-from etherdiff.report.numbers import number, score, seconds, short, size
+from etherdiff.report.charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Chart,
+    Mark,
+    Series,
+    interval_bar,
+    number,
+    points,
+    smoothed,
+    thinned,
+    ticks,
+)
+from etherdiff.report.template import parts
+from etherdiff.system.words import counted, duration, listed, score, short, size
+
+PARTS = parts()
+
+
+def chart(*parts, **options) -> str:
+    return PARTS.chart(Chart(*parts, **options))
 
 
 @pytest.mark.parametrize(
@@ -67,13 +89,23 @@ def test_a_legend_where_there_are_two_and_nothing_where_there_is_nothing():
     two = [Series("one", [(0, 1), (1, 2)]), Series("two", [(0, 2), (1, 1)], colour=1)]
     assert chart("T", two, "x").count('class="entry"') == 2
     assert 'class="entry"' not in chart("T", two[:1], "x")
-    assert chart("T", [Series("empty", [])], "x") == ""
+    assert chart("T", [Series("empty", [])], "x").strip() == ""
+
+
+def test_the_template_draws_in_the_frame_that_places_are_computed_for():
+    figure = chart("T", [Series("a", [(0, 0), (10, 1)])], "x", [Mark(0, "best")])
+    assert f'viewBox="0 0 {WIDTH} {HEIGHT}"' in figure
+    axis = ET.fromstring(figure).findall(".//line[@class='axis']")[-1]
+    assert (axis.get("x1"), axis.get("x2"), axis.get("y1")) == (str(LEFT), str(WIDTH - RIGHT), str(HEIGHT - BOTTOM))
+    mark = ET.fromstring(figure).find(".//line[@class='mark']")
+    assert (mark.get("y1"), mark.get("y2")) == (str(TOP), str(HEIGHT - BOTTOM))
 
 
 def test_bars():
-    assert 'r="5"' in interval_bar(0.5, None, None, (0.5, 0.5), 0)
-    assert 'width="100.0"' in share_bar(0.5)
-    ET.fromstring(interval_bar(0.5, 0.4, 0.6, (0, 1), 0))
+    assert 'r="5"' in PARTS.interval_bar(interval_bar(0.5, None, None, (0.5, 0.5)), 0)
+    assert 'width="100.0"' in PARTS.share_bar(0.5)
+    bar = ET.fromstring(PARTS.interval_bar(interval_bar(0.5, 0.4, 0.6, (0, 1)), 0))
+    assert [bar.find(".//line[@class='interval']").get(name) for name in ("x1", "x2")] == ["81.2", "118.8"]
 
 
 def test_curves_are_thinned_and_smoothed():
@@ -97,7 +129,13 @@ def test_numbers():
     ]
     assert [score(value) for value in (None, 0.6664, -0.5, 41.23)] == ["–", "0.666", "−0.500", "41.2"]
     assert [short(value) for value in (0, 1.2345, 123456.0, 1e-5)] == ["0", "1.23", "1.2e+05", "1.0e-05"]
-    assert [seconds(value) for value in (4.21, 59.99, 200, 3599.6, 7500)] == [
+    assert [duration(value) for value in (4.21, 59.99, 200, 3599.6, 7500)] == [
         "4.2 s", "1 min 00 s", "3 min 20 s", "1 h 00 min", "2 h 05 min",
     ]  # fmt: skip
     assert [size(value) for value in (12, 2048, 300 * 2**20, 9 * 2**30)] == ["12 bytes", "2.0 KiB", "300 MiB", "9.0 GiB"]
+
+
+def test_lists():
+    assert listed(["a", "b"]) == "a, b"
+    assert listed([*"abcdefgh"]) == "a, b, c, d and 4 more"
+    assert (counted(1, "image"), counted(1200, "image")) == ("1 image", "1,200 images")

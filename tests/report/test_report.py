@@ -3,17 +3,26 @@
 import base64
 import json
 import re
+from dataclasses import replace
 
 import pytest
-from report_runs import picture, write_curves, write_evaluation, write_run, write_samples
-from test_markup import HOSTILE, Parsed
+from huggingface_hub.errors import LocalEntryNotFoundError
+from report_runs import picture, write_curves, write_evaluation, write_refitted_run, write_run, write_samples
+from test_markup import HOSTILE, PARTS, Parsed
 
 from etherdiff.families.bases import find_base
 from etherdiff.families.sd1 import load_base
 from etherdiff.images.png import save_png
 from etherdiff.report import write_report
 from etherdiff.report.album import Album
+from etherdiff.report.contents import read_contents
+from etherdiff.results.facts import fact
+from etherdiff.runs.folder import RunFolder
+from etherdiff.runs.run import Run
+from etherdiff.runs.weights import count_trained
 from etherdiff.system.errors import UserError
+from etherdiff.system.words import size
+from etherdiff.tasks.subjects import find_subject
 
 TAGS = {
     "a", "bdi", "body", "circle", "code", "dd", "details", "div", "dl", "dt", "figcaption", "figure", "footer", "g", "h1", "h2",
@@ -102,14 +111,16 @@ def test_prompts_and_settings_are_only_text(tmp_path, prompts):
     hostile = HOSTILE[0]
     result["scores"][hostile] = {
         "mean": 0.5,
-        "low": hostile,
-        "high": None,
+        "low": 0.4,
+        "high": 0.6,
+        "n": 3,
         "interval": {"over": hostile},
         "identity": {hostile: hostile},
     }
+    result["scores"][prompts[1]] = {"mean": prompts[2]}
     result["not_scored"] = {hostile: hostile}
     result["left_out"] = {hostile: [{hostile: hostile}], "black": [{"prompt": prompts[1], "seed": 0, "kind": "\ud800"}]}
-    result["run"] = {"checkpoint": hostile, "step": hostile}
+    result["run"] = {"checkpoint": hostile, "step": 3}
     (run / "eval" / "metrics.json").write_text(json.dumps(result))
     (run / "best").mkdir()
     (run / "best" / "best.json").write_text(json.dumps({"step": 1, "score": 0.5, "why": hostile}))
@@ -125,7 +136,7 @@ def test_prompts_and_settings_are_only_text(tmp_path, prompts):
 def test_a_run_that_was_not_scored_says_how(tmp_path):
     run = write_run(tmp_path / "my run")
     page = read(run)
-    assert f"etherdiff eval &#x27;{run}&#x27;" in page
+    assert f"etherdiff eval &#39;{run}&#39;" in page
     assert "There is no adapter yet" in page
     write_samples(run)
     assert read(run).count("<img") == 2 * 4 * 4
@@ -144,7 +155,7 @@ def test_damaged_parts_are_said_and_the_rest_is_shown(tmp_path):
     for said in (
         "metrics.json cannot be read",
         "1 of 11 lines of metrics.jsonl",
-        "cost.json is not a JSON object",
+        "cost.json cannot be read (it is not a JSON object)",
         "unreadable:",
     ):
         assert said in text
@@ -170,7 +181,9 @@ def test_a_base_that_changed_or_went_is_said(tmp_path):
     run = write_run(tmp_path / "run", find_base("tiny"))
     text = (run / "run.yaml").read_text()
     base = str(find_base("tiny").local_path)
-    (run / "run.yaml").write_text(text.replace(f"path: {base}", "path: /nowhere/at/all"))
+    (run / "run.yaml").write_text(
+        text.replace(f"path: {base}", "path: /nowhere/at/all").replace("base: tiny", "base: /nowhere")
+    )
     assert "no longer where the run found it" in read(run)
     (run / "run.yaml").write_text(text)
     recorded = json.loads((run / "adapter" / "base.json").read_text())
@@ -185,7 +198,7 @@ def test_images_stay_within_their_budget(tmp_path):
         paths.append(tmp_path / f"{seed}.png")
         picture(seed, side=512).save(paths[-1])
     album = Album(len(paths), budget=9_000)
-    shown = "".join(album.picture(path, "x") for path in paths)
+    shown = "".join(PARTS.picture(album.picture(path, "x")) for path in paths)
     assert len(re.search(r'src="(.*?)"', shown)[1]) <= album.spent <= 9_000
     assert 0 < shown.count("<img") < 6
     assert album.not_shown == shown.count("not shown") == 6 - shown.count("<img")
@@ -195,7 +208,7 @@ def test_images_stay_within_their_budget(tmp_path):
 
 def test_small_images_are_kept_to_the_pixel_and_lose_what_their_files_tell(tmp_path):
     save_png(picture(1), tmp_path / "small.png", {"prompt": "secret"})
-    shown = Album(1).picture(tmp_path / "small.png", "x")
+    shown = PARTS.picture(Album(1).picture(tmp_path / "small.png", "x"))
     assert 'class="pixels"' in shown
     assert "image/png" in shown
     content = base64.b64decode(re.search(r"base64,([^\"]+)", shown)[1])
@@ -205,3 +218,70 @@ def test_small_images_are_kept_to_the_pixel_and_lose_what_their_files_tell(tmp_p
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(UserError, match="not a run folder"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize("root", ["the tiny world", "a data root", "the hub"])
+def test_photos_of_a_named_subject_are_shown(tmp_path, monkeypatch, root):
+    name = "candy_ball" if root == "the tiny world" else "dog"
+    settings = {"subject": name, "class_noun": None}
+    photos = 5
+    if root != "the tiny world":
+        folder, photos = tmp_path / "data" / "dreambooth" / name, 2
+        folder.mkdir(parents=True)
+        for number in range(photos):
+            picture(number).save(folder / f"{number}.jpg")
+        if root == "a data root":
+            settings["data_root"] = tmp_path / "data"
+        else:
+            (tmp_path / "data" / "dreambooth").rename(tmp_path / "dataset")
+            asked = []
+
+            def found(*_, local_files_only=False, **__):
+                asked.append(local_files_only)
+                return str(tmp_path)
+
+            monkeypatch.setattr("huggingface_hub.snapshot_download", found)
+    run = write_run(tmp_path / "run", **settings)
+    seen = Parsed(read(run))
+    photos = len(find_subject(name, settings.get("data_root")).images)
+    assert f"Trained on {photos} images:" in seen.text
+    assert sum(value == "training image 1" for _, value in seen.attributes) == 2  # alt and title
+    if root == "the hub":
+        assert asked[0] is True  # the report downloads nothing
+
+
+def test_photos_that_are_nowhere_are_no_error(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    assert "Trained on" not in Parsed(read(write_run(tmp_path / "run", subject="dog"))).text
+
+
+def test_magnitudes_are_reported_with_the_adapter_that_they_were_learned_on(tmp_path):
+    run = write_refitted_run(tmp_path / "run")
+    opened = Run.open(run)
+    text = Parsed(read(run)).text
+    assert "oft+magnitude on stripes" in text
+    count = fact(opened, "trainable_parameters")
+    assert count > count_trained(replace(opened, folder=RunFolder(tmp_path / "oft")))
+    assert f"trainable parameters{count:,.0f}" in text
+    both = sum(path.stat().st_size for folder in opened.adapters for path in folder.iterdir())
+    assert f"adapter on disk{size(both)}" in text
+    drift = read_contents(run).drift
+    assert sum(one.weight for one in drift.values()) / len(drift) == pytest.approx(fact(opened, "weight_distance"))
+    assert "Magnitudes on top of the adapter that they were learned on" in text
+
+
+def test_a_step_that_was_skipped_is_not_the_one_at_which_a_run_diverged(tmp_path):
+    run = write_run(tmp_path / "run")
+    rows = [{"step": 1, "loss": None, "learning_rate": 1e-3}, {"step": 2, "loss": 0.5}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = Parsed(read(run)).text
+    assert "1 step skipped" in text
+    assert "Training ended" not in text
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "loss": None, "diverged": True}))
+    text = Parsed(read(run)).text
+    assert "1 step skipped" in text
+    assert "Training ended at step 3: its loss or its weights became NaN or infinite." in text

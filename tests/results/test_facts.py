@@ -178,7 +178,7 @@ def test_a_folder_that_cannot_be_written_is_read_all_the_same(counting, monkeypa
     def refuse(path, text):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(facts, "write_text", refuse)
+    monkeypatch.setattr(facts, "write_json", refuse)
     assert [fact(read(run), "weight_distance") for _ in range(2)] == [1, 2]
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from etherdiff.eval.metrics import SUBJECT_METRICS
 from etherdiff.images.sheets import PADDING
+from etherdiff.report import show_report
 from etherdiff.run import train
 from etherdiff.runs.result import read_result
 from etherdiff.system.errors import UserError
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("ano
 
 def test_all_that_it_names_is_there(tmp_path):
     with console.capture() as captured:
-        run_demo(tmp_path / "demo", train, steps=2, denoising_steps=1)
+        run_demo(tmp_path / "demo", train, show_report, steps=2, denoising_steps=1)
     last = captured.get()[captured.get().index("Look at") :]
     named = [Path(found) for found in re.findall(r"^  (/\S+)", last, flags=re.M)]
     assert [path.name for path in named] == ["before-after.png", "report.html", "merged", "lora.safetensors"]
@@ -38,12 +39,12 @@ def test_all_that_it_names_is_there(tmp_path):
     for command in ("train-dreambooth", "eval", "merge"):
         assert f"  etherdiff {command} " in last
     with pytest.raises(UserError, match="not empty"):
-        run_demo(tmp_path / "demo", train)
+        run_demo(tmp_path / "demo", train, show_report)
 
 
 @pytest.mark.slow
 def test_what_it_draws_is_more_like_the_subject_than_what_the_base_draws(tmp_path):
-    run_demo(tmp_path / "demo", train)
+    run_demo(tmp_path / "demo", train, show_report)
     result = json.loads((tmp_path / "demo/run/eval/metrics.json").read_text())
     ours, base = (found["scores"]["dino_held_out"] for found in (result, result["base"]))
     assert ours["low"] > base["high"]
