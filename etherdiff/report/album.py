@@ -20,7 +20,7 @@ _TYPICAL = 0.35  # characters of the page per pixel of a JPEG: base64 of a quart
 
 
 @dataclass(frozen=True)
-class Picture:
+class Thumbnail:
     """An image, or why there is none."""
 
     alt: str
@@ -47,19 +47,19 @@ class Album:
         fitting = (side for side in SIDES if expected * side * side * _TYPICAL <= budget)
         self.side = next(fitting, SIDES[-1])
 
-    def picture(self, path: Path, alt: str, side: int | None = None, badge: str = "") -> Picture:
+    def picture(self, path: Path, alt: str, side: int | None = None, badge: str = "") -> Thumbnail:
         """Read an image; `side` is its longest side in pixels, if not that of all."""
         try:
             image = read_image(path)
         except UnreadableImage as error:
-            return Picture(alt, why_not=f"unreadable: {error.why}", badge=badge)
+            return Thumbnail(alt, why_not=f"unreadable: {error.why}", badge=badge)
         content, kind = _encode(image, side or self.side)
         source = f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
         if self.spent + len(source) > self.budget:
             self.not_shown += 1
-            return Picture(alt, why_not="not shown", badge=badge)
+            return Thumbnail(alt, why_not="not shown", badge=badge)
         self.spent += len(source)
-        return Picture(alt, source, image.width, image.height, kind == "png", badge=badge)
+        return Thumbnail(alt, source, image.width, image.height, kind == "png", badge=badge)
 
 
 def _encode(image: Image.Image, side: int) -> tuple[bytes, str]:

@@ -10,7 +10,7 @@ from typing import Any
 from etherdiff import __version__
 from etherdiff.adapters.drift import LayerDrift
 from etherdiff.adapters.methods import METHODS
-from etherdiff.report.album import Album, Picture
+from etherdiff.report.album import Album, Thumbnail
 from etherdiff.report.charts import NEIGHBOURS, Chart, Mark, Point, Series, number, points, smoothed, thinned
 from etherdiff.report.contents import Contents, Grid, Images
 from etherdiff.report.scores import headline, left_out_count, per_class, per_prompt, score_title, scores_view
@@ -34,7 +34,7 @@ Row = Sequence[object]
 
 
 @dataclass(frozen=True)
-class Table:
+class Cells:
     """Cells for the template `table`; the first column names the rows."""
 
     head: Row
@@ -50,7 +50,7 @@ class Card:
     """A prompt's images: whose they are -> a picture per seed."""
 
     prompt: str
-    rows: dict[str, list[Picture]]
+    rows: dict[str, list[Thumbnail]]
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _pictures(contents: Contents, album: Album) -> list[Section]:
 
 
 def _cards(grids: Sequence[Grid], album: Album, refused: Mapping[tuple[bool, str, int], str]) -> dict[str, Any]:
-    def pictures(name: str, images: Images, prompt: str) -> list[Picture]:
+    def pictures(name: str, images: Images, prompt: str) -> list[Thumbnail]:
         found = []
         for seed in list(images)[:MAX_SEEDS]:
             why = refused.get((name == "base", prompt, seed))
@@ -213,7 +213,7 @@ def _curves(contents: Contents) -> dict[str, Any] | None:
         "skipped": sum("loss" in row and number(row["loss"]) is None for row in rows) - contents.run.diverged,
         "diverged_at": rows[-1]["step"] if contents.run.diverged else None,
         "charts": [chart for chart in charts if chart.drawn],
-        "numbers": Table(["step", *map(score_title, evaluated)], cells, "numbers", "Evaluations by step") if cells else None,
+        "numbers": Cells(["step", *map(score_title, evaluated)], cells, "numbers", "Evaluations by step") if cells else None,
     }
 
 
@@ -286,7 +286,7 @@ def _drift(contents: Contents) -> dict[str, Any]:
         },
         "note": _about_transformations(contents, bool(sides)),
         "charts": [chart for chart in charts if chart.drawn],
-        "layers": Table(head, rows, "numbers layers", "Drift of each layer"),
+        "layers": Cells(head, rows, "numbers layers", "Drift of each layer"),
     }
 
 
@@ -310,7 +310,7 @@ def _layer_series(
     return Series(name, placed, colour, line=False, dots=True, names=names)
 
 
-def _settings(contents: Contents) -> dict[str, Table]:
+def _settings(contents: Contents) -> dict[str, Cells]:
     """What differs from the defaults, everything else, and the provenance. Of paths only the name: the page may travel."""
     config = contents.run.config
     given: list[Row] = []
@@ -323,9 +323,9 @@ def _settings(contents: Contents) -> dict[str, Table]:
     head = ["option", "value", "what it is"]
     facts = [[name, foreign(shown(value))] for name, value in _flat(contents.run.provenance.content())]
     return {
-        "given": Table(head, given, "settings", "Settings that differ from the defaults"),
-        "others": Table(head, others, "settings", "Settings at their defaults"),
-        "provenance": Table(["fact", "value"], facts, "settings", "Provenance"),
+        "given": Cells(head, given, "settings", "Settings that differ from the defaults"),
+        "others": Cells(head, others, "settings", "Settings at their defaults"),
+        "provenance": Cells(["fact", "value"], facts, "settings", "Provenance"),
     }
 
 

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import pytest
 from jinja2 import UndefinedError
 
-from etherdiff.report.page import Table
+from etherdiff.report.page import Cells
 from etherdiff.report.template import environment, foreign, parts
 
 HOSTILE = [
@@ -58,7 +58,7 @@ def test_text_stays_text(text):
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_in_every_part(text):
-    page = PARTS.table(Table([text], [[text, text]], text, text)) + PARTS.facts({text: text})
+    page = PARTS.table(Cells([text], [[text, text]], text, text)) + PARTS.facts({text: text})
     page = str(page) + fill('{% from "parts.html.j2" import details %}{% call details(it) %}{{ it }}{% endcall %}', it=text)
     assert set(Parsed(page).tags) <= {
         "div",
