@@ -69,14 +69,13 @@ def command(
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(function).parameters.values() if p.name not in ("options", "given")]
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-        if reads_recipes:
-            parameters += [_parameter("recipe", ConfigOption), _parameter("settings", SetOption)]
-        fields = {key: field for model in reversed(models) for key, field in model.model_fields.items()}
+        parameters = [_parameter("recipe", ConfigOption), _parameter("settings", SetOption)] if reads_recipes else []
         shown: str | None = None
         for key in dict.fromkeys(key for model in models for key in model.model_fields):
             shown = RECIPE_PANELS.get(key, shown) if reads_recipes else _panel_of(key, models)
-            parameters.append(_parameter(key, _option(key, fields[key], shown)))
+            fields = [model.model_fields[key] for model in models if key in model.model_fields]
+            parameters.append(_parameter(key, _option(key, fields, shown)))
+        parameters += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
 
         def run(**given: Any) -> None:
             mine = {p.name: given.pop(p.name) for p in own}
@@ -103,19 +102,29 @@ def _panel_of(name: str, models: tuple[type[c.Options], ...]) -> str | None:
     return "Controllable runs" if name not in models[0].model_fields else None
 
 
-def _option(name: str, field: Any, panel: str | None) -> Any:
-    flag, is_switch = "--" + name.replace("_", "-"), field.annotation is bool
+def _option(name: str, fields: list[Any], panel: str | None) -> Any:
+    """The option of a field, which several models may have with defaults of their own."""
+    field, flag = fields[0], "--" + name.replace("_", "-")
+    is_switch = field.annotation is bool
     if is_switch:
         flag += f"/--no-{name.replace('_', '-')}"
+    defaults = list(dict.fromkeys(_default_text(field) for field in fields))
     text = field.description
-    if is_switch:
-        text += " [default: on]" if field.default else ""
-    elif not field.is_required() and field.default not in (None, "", ()):
-        text += f" [default: {','.join(field.default) if isinstance(field.default, tuple) else field.default}]"
+    if defaults != [""]:
+        text += f" [default: {'; of controllable runs '.join(defaults)}]"
     text = text.replace("[", "\\[")  # not markup
     kind = bool if is_switch else list[str] if _is_repeated(field) else str
-    shown = typer.Option(flag, help=text, metavar=_metavar(field.annotation), rich_help_panel=panel, show_default=False)
+    shown = typer.Option(flag, help=text, metavar=_metavar(field), rich_help_panel=panel, show_default=False)
     return Annotated[Optional[kind], shown]  # noqa: UP045  typer reads this form on every version
+
+
+def _default_text(field: Any) -> str:
+    """Empty where there is none worth saying."""
+    if field.annotation is bool:
+        return "on" if field.default else ""
+    if field.is_required() or field.default in (None, "", ()):
+        return ""
+    return ",".join(field.default) if isinstance(field.default, tuple) else str(field.default)
 
 
 def _is_repeated(field: Any) -> bool:
@@ -124,10 +133,12 @@ def _is_repeated(field: Any) -> bool:
     return any(get_origin(part) is tuple for part in parts) and c.SPLIT_COMMAS not in field.metadata
 
 
-def _metavar(annotation: Any) -> str | None:
-    if annotation is bool:
+def _metavar(field: Any) -> str | None:
+    if field.annotation is bool:
         return None
-    parts = [part for part in (get_args(annotation) or (annotation,)) if part is not type(None)]
+    if c.SPLIT_COMMAS in field.metadata:
+        return "NAME,…"
+    parts = [part for part in (get_args(field.annotation) or (field.annotation,)) if part is not type(None)]
     literals = [value for value in parts if isinstance(value, str)] or list(get_args(parts[0]))
     if literals and all(isinstance(value, str) for value in literals):
         return "|".join(literals) if len("|".join(literals)) < 30 else "NAME"
@@ -370,20 +381,9 @@ def schema(options: c.SchemaOptions) -> None:
 
       # yaml-language-server: $schema=FILE
     """
-    from etherdiff.use.schema import make_schema
+    from etherdiff.use.schema import write_schema
 
-    text = json.dumps(make_schema(options), indent=2, ensure_ascii=False) + "\n"
-    if options.output is None:
-        typer.echo(text, nl=False)
-        return
-    from etherdiff.system.files import write_text
-    from etherdiff.system.terminal import say
-
-    try:
-        write_text(options.output, text)
-    except OSError as error:
-        raise UserError(f"output: {options.output} cannot be written ({error.strerror})") from error
-    say(f"{options.output}: let a file begin with  # yaml-language-server: $schema={options.output}")
+    write_schema(options)
 
 
 app.add_typer(data, name="data", rich_help_panel=LOOK)

@@ -1,5 +1,7 @@
 """`etherdiff schema`: JSON schemas of recipes and sweep files, with which editors complete and check them."""
 
+import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +13,25 @@ from etherdiff.config import (
     SchemaOptions,
     SweepFile,
 )
+from etherdiff.system.errors import UserError
+from etherdiff.system.files import write_text
+from etherdiff.system.terminal import say
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 Schema = dict[str, Any]
+
+
+def write_schema(options: SchemaOptions) -> None:
+    """Print a schema, or write it to a file. UserError if it cannot be written."""
+    text = json.dumps(make_schema(options), indent=2, ensure_ascii=False) + "\n"
+    if options.output is None:
+        sys.stdout.write(text)
+        return
+    try:
+        write_text(options.output, text)
+    except OSError as error:
+        raise UserError(f"output: {options.output} cannot be written ({error.strerror})") from error
+    say(f"{options.output}: let a file begin with  # yaml-language-server: $schema={options.output}")
 
 
 def make_schema(options: SchemaOptions) -> Schema:
