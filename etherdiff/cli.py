@@ -253,19 +253,14 @@ def export(run: RunArgument, options: c.ExportOptions) -> None:
 def eval_run(run: RunArgument, as_json: JsonOption = False, *, given: Mapping[str, Any]) -> None:
     """Draw a run's prompts, with their maps where it is controllable, and score the images, with intervals."""
     from etherdiff.eval.evaluate import evaluate, render
-    from etherdiff.eval.evaluate_control import evaluate_control
-    from etherdiff.eval.evaluate_control import render as render_control
     from etherdiff.report import show_report
     from etherdiff.runs.run import Run
-    from etherdiff.sweeps.judging import control_options, subject_options
 
-    is_controlled = Run.open(run).is_controlled
-    if is_controlled:
-        found = evaluate_control(run, control_options(_of_task(c.ControlEvalOptions, run, given)))
-    else:
-        found = evaluate(run, subject_options(_of_task(c.SubjectEvalOptions, run, given)))
+    opened = Run.open(run)
+    model = c.ControlEvalOptions if opened.is_controlled else c.SubjectEvalOptions
+    found = evaluate(opened, _of_task(model, run, given))
     show_report(run)
-    _print(found, as_json, render_control if is_controlled else render)
+    _print(found, as_json, render)
 
 
 def _of_task(model: type[c.EvalOptions], run: Path, given: Mapping[str, Any]) -> Any:

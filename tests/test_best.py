@@ -14,7 +14,6 @@ from etherdiff.adapters.io import read_adapter
 from etherdiff.config import DreamBoothConfig, read_config
 from etherdiff.eval import best as module
 from etherdiff.eval.best import combined, curve_prompts, read_best, say_best
-from etherdiff.eval.evaluate import find_trained
 from etherdiff.eval.networks import PRESETS
 from etherdiff.families.sampling import sample
 from etherdiff.images.png import read_png_settings
@@ -22,6 +21,7 @@ from etherdiff.run import resume, train_dreambooth
 from etherdiff.runs.folder import RunFolder
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
+from etherdiff.tasks.image_sets import find_trained
 from etherdiff.train import recorder as recorder_module
 from etherdiff.train.resume import restore_best
 
@@ -84,7 +84,7 @@ def test_scores_are_logged_and_the_best_adapter_is_kept(tmp_path, capsys):
     assert read_adapter(run / "best").method == "ether+"
     assert len(list((run / "eval/steps").glob("step-*/*/0.png"))) == 5 * 4
     assert Run.open(run).config.eval_scores == "on"
-    assert find_trained(RunFolder(run), Run.open(run).config, "best").step == best["step"]
+    assert find_trained(Run.open(run), "best").step == best["step"]
 
 
 def test_the_best_is_of_its_step_and_a_tie_stays_with_the_earlier(tmp_path, scripted):

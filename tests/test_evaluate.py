@@ -15,11 +15,13 @@ from PIL import Image
 from rich.console import Console
 
 from etherdiff import cli
-from etherdiff.eval import evaluate as module
-from etherdiff.eval import protocol
-from etherdiff.eval.evaluate import EvalOptions, beside_the_paper, evaluate, plan_evaluation, render
+from etherdiff.config import ControlEvalOptions, SubjectEvalOptions, read_config
+from etherdiff.eval.evaluate import evaluate, plan_evaluation, render
+from etherdiff.eval.paper import paper_of_subject
 from etherdiff.images.png import read_png_settings
+from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
+from etherdiff.tasks import subject_sets
 from etherdiff.tasks.subjects import EvalPrompt, make_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -54,8 +56,8 @@ def options(networks, tmp_path):
     backbones = tuple(f"{role}={folder}" for role, folder in networks.items())
 
     def make(**changes):
-        settings = {"prompts": prompts, "num": 2, "steps": 2, "device": "cpu", "backbones": backbones, "base": False}
-        return EvalOptions(**(settings | changes))
+        settings = {"prompts": prompts, "num": 2, "steps": 2, "device": "cpu", "backbone": backbones, "base": False}
+        return SubjectEvalOptions(**(settings | changes))
 
     return make
 
@@ -67,8 +69,8 @@ def scored(built, networks, tmp_path_factory):
     shutil.copytree(built, folder / "run")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     backbones = tuple(f"{role}={path}" for role, path in networks.items())
-    options = EvalOptions(prompts=folder / "prompts.txt", num=2, steps=2, device="cpu", backbones=backbones)
-    return folder / "run", options, evaluate(folder / "run", options)
+    options = SubjectEvalOptions(prompts=folder / "prompts.txt", num=2, steps=2, device="cpu", backbone=backbones)
+    return folder / "run", options, evaluate(Run.open(folder / "run"), options)
 
 
 def pngs(run, name="images"):
@@ -79,13 +81,13 @@ def pngs(run, name="images"):
 
 def count_drawn(monkeypatch):
     drawn = []
-    sample = protocol.sample
+    sample = subject_sets.sample
 
     def counted(pipeline, prompt, seeds, *more):
         drawn.append((prompt, list(seeds)))
         return sample(pipeline, prompt, seeds, *more)
 
-    monkeypatch.setattr(protocol, "sample", counted)
+    monkeypatch.setattr(subject_sets, "sample", counted)
     return drawn
 
 
@@ -131,8 +133,8 @@ def test_metrics_json_has_the_scores_of_the_run_and_of_its_base(scored):
 
 def test_a_second_time_draws_nothing_and_finds_the_same(scored, monkeypatch):
     run, options, result = scored
-    monkeypatch.setattr(module, "load_base", None)
-    assert evaluate(run, options) == result
+    monkeypatch.setattr(subject_sets, "load_base", None)
+    assert evaluate(Run.open(run), options) == result
 
 
 def test_a_table_for_people(scored):
@@ -147,7 +149,7 @@ def test_a_table_for_people(scored):
 
 def test_json_on_stdout_and_nothing_else(scored, monkeypatch, capsys):
     run, options, result = scored
-    flags = [f"--backbone={text}" for text in options.backbones]
+    flags = [f"--backbone={text}" for text in options.backbone]
     arguments = ["eval", run, "--json", "--num", 2, "--steps", 2, "--prompts", options.prompts, "--device", "cpu", *flags]
     monkeypatch.setattr(sys, "argv", ["etherdiff", *map(str, arguments)])
     with pytest.raises(SystemExit) as left:
@@ -162,7 +164,7 @@ def test_held_out_images_are_scored_beside(run, options):
     (subject / "held_out").mkdir()
     shutil.move(sorted(subject.glob("*.png"))[-1], subject / "held_out")
     move_subject(run, subject)
-    scores = evaluate(run, options(metrics=("dino",)))["scores"]
+    scores = evaluate(Run.open(run), options(metrics=("dino",)))["scores"]
     assert set(scores) == {"dino", "dino_held_out", "dino_real_images"}
     assert scores["dino_held_out"]["identity"]["reference"] == scores["dino_held_out"]["identity"]["reference"] | {
         "images": "held-out images",
@@ -177,14 +179,14 @@ def test_killed_and_started_again_it_draws_what_is_missing_and_the_same_bytes(sc
     """In a process of its own, killed at its first image."""
     whole, done, result = scored
     arguments = ["eval", run, "--num", 2, "--steps", 2, "--prompts", done.prompts, "--device", "cpu", "--no-base"]
-    command = [sys.executable, "-m", "etherdiff", *map(str, arguments), *(f"--backbone={text}" for text in done.backbones)]
+    command = [sys.executable, "-m", "etherdiff", *map(str, arguments), *(f"--backbone={text}" for text in done.backbone)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not pngs(run) and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run / "eval/metrics.json").exists()
-    again = evaluate(run, options())
+    again = evaluate(Run.open(run), options())
     assert pngs(run) == pngs(whole)
     assert again["scores"] == result["scores"]
 
@@ -197,7 +199,7 @@ def test_only_batches_with_a_missing_image_are_drawn_and_whole_images_are_left_a
     cut.write_bytes(cut.read_bytes()[:100])
     before = kept.stat().st_mtime_ns
     drawn = count_drawn(monkeypatch)
-    evaluate(run, options())
+    evaluate(Run.open(run), options())
     assert drawn == [("a sks ball in the snow", [0, 1]), ("a red sks ball", [0, 1])]
     assert pngs(run) == pngs(whole)
     assert kept.stat().st_mtime_ns == before
@@ -207,7 +209,7 @@ def test_black_and_unreadable_images_are_counted_not_drawn_again(scored, run, op
     whole, _, _ = scored
     shutil.copytree(whole / "eval", run / "eval")
     Image.new("RGB", (64, 64)).save(run / "eval" / IMAGES[0])
-    result = evaluate(run, options())
+    result = evaluate(Run.open(run), options())
     assert result["left_out"]["black"] == [{"kind": "generated", "prompt": "a sks ball in the snow", "seed": 0}]
     assert result["scores"]["dino"]["n"] == 3
     console = Console(width=150, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
@@ -219,21 +221,21 @@ def test_images_of_other_settings_are_not_taken(scored, run, options, monkeypatc
     whole, _, _ = scored
     shutil.copytree(whole / "eval", run / "eval")
     with pytest.raises(UserError, match=r"other settings \(seeds\).*--overwrite"):
-        evaluate(run, options(seed=5))
+        evaluate(Run.open(run), options(seed=5))
     with pytest.raises(UserError, match=r"steps: 2, here 3"):
-        evaluate(run, options(steps=3))
+        evaluate(Run.open(run), options(steps=3))
     (run / "eval/settings.json").unlink()
     with pytest.raises(UserError, match="nothing says how they were made"):
-        evaluate(run, options())
+        evaluate(Run.open(run), options())
 
 
 def test_another_adapter_needs_new_images_but_not_of_the_base(scored, run, options, monkeypatch):
     whole, _, result = scored
     shutil.copytree(whole / "eval", run / "eval")
     with pytest.raises(UserError, match=r"images made with other settings \(adapter: "):
-        evaluate(run, options(checkpoint="step-1"))
+        evaluate(Run.open(run), options(checkpoint="step-1"))
     drawn = count_drawn(monkeypatch)
-    again = evaluate(run, options(checkpoint="step-1", overwrite=True, base=True))
+    again = evaluate(Run.open(run), options(checkpoint="step-1", overwrite=True, base=True))
     assert [text for text, _ in drawn] == ["a sks ball in the snow", "a red sks ball"]
     # the checkpoint holds the same weights as the adapter
     assert again["scores"]["dino"]["mean"] == pytest.approx(result["scores"]["dino"]["mean"], abs=1e-4)
@@ -243,13 +245,13 @@ def test_another_adapter_needs_new_images_but_not_of_the_base(scored, run, optio
 def test_where_nothing_is_missing_the_batch_size_does_not_matter(scored, run, options):
     whole, _, result = scored
     shutil.copytree(whole / "eval", run / "eval")
-    again = evaluate(run, options(batch_size=1))
+    again = evaluate(Run.open(run), options(batch_size=1))
     assert again["scores"] == result["scores"]
     assert again["drawn"]["images"] == result["drawn"]["images"]  # what they were drawn with, not what was asked for now
     assert again["drawn"]["images"]["batch_size"] == 4
     (run / "eval" / IMAGES[0]).unlink()
     with pytest.raises(UserError, match=r"batch_size: 4, here 1"):
-        evaluate(run, options(batch_size=1))
+        evaluate(Run.open(run), options(batch_size=1))
 
 
 # --- Prompts -------------------------------------------------------------------------------------------------------------
@@ -265,10 +267,11 @@ def test_prompts_lose_their_identifier_as_a_word():
 
 
 def test_without_a_file_they_are_the_25_of_what_the_base_knows(run, options):
-    plan = plan_evaluation(run, options(prompts=None, num=4))
-    assert len(plan.protocol.prompts) == 25
-    assert plan.protocol.prompts[0] == EvalPrompt("a sks ball on grass", "a ball on grass")
-    assert (plan.protocol.seeds, plan.protocol.resolution) == ((0, 1, 2, 3), 64)
+    plan = plan_evaluation(Run.open(run), options(prompts=None, num=4))
+    assert len(plan.sets.prompts) == 25
+    assert plan.sets.prompts[0] == EvalPrompt("a sks ball on grass", "a ball on grass")
+    images = plan.sets["images"]
+    assert ([picture.seed for picture in images.pictures[:5]], images.generation["resolution"]) == ([0, 1, 2, 3, 0], 64)
 
 
 # --- Beside the paper ----------------------------------------------------------------------------------------------------
@@ -284,28 +287,27 @@ def as_the_paper():
     return {"dino": {"identity": {"backbone": backbone}}}
 
 
-def paper_plan(width=768, **changes):
-    settings = {"prompts": None, "seeds": (0, 1, 2, 3), "steps": 25} | changes
+def paper_sets(width=768, **changes):
+    """As the paper's images were drawn, but for changes."""
     return SimpleNamespace(
         base=SimpleNamespace(config=lambda _: {"cross_attention_dim": width}),
         config=SimpleNamespace(method="ether+"),
-        options=SimpleNamespace(prompts=settings["prompts"]),
-        protocol=SimpleNamespace(seeds=settings["seeds"], steps=settings["steps"]),
+        options=SubjectEvalOptions(**changes),
     )
 
 
 @pytest.mark.parametrize(
-    ("plan", "reason"),
+    ("sets", "reason"),
     [
-        (paper_plan(), None),
-        (paper_plan(width=32), "not Stable Diffusion 1.5"),
-        (paper_plan(seeds=(0,)), "not 4 images"),
-        (paper_plan(prompts="file"), "not 4 images"),
-        (paper_plan(steps=10), "10 denoising steps"),
+        (paper_sets(), None),
+        (paper_sets(width=32), "not Stable Diffusion 1.5"),
+        (paper_sets(num=1), "not 4 images"),
+        (paper_sets(prompts="file"), "not 4 images"),
+        (paper_sets(steps=10), "10 denoising steps"),
     ],
 )
-def test_the_papers_row_stands_beside_only_where_the_setting_is_the_same(plan, reason):
-    found = beside_the_paper(plan, as_the_paper())["scores"]["dino"]
+def test_the_papers_row_stands_beside_only_where_the_setting_is_the_same(sets, reason):
+    found = paper_of_subject(sets, as_the_paper())["scores"]["dino"]
     assert found["value"] == 0.666
     assert (found["differs"] == []) if reason is None else (reason in found["differs"][0])
 
@@ -315,26 +317,28 @@ def test_the_papers_row_stands_beside_only_where_the_setting_is_the_same(plan, r
 
 def refused(run, options):
     with pytest.raises(UserError) as raised:
-        evaluate(run, options)
+        evaluate(Run.open(run), options)
     return raised.value.problems
 
 
 def test_everything_wrong_comes_in_one_message(run, options, tmp_path):
     shutil.rmtree(run / "adapter")
     move_subject(run, tmp_path / "nowhere")
-    wrong = {"num": 0, "seed": -1, "metrics": ("dino", "beauty"), "preset": "mine", "backbones": ("dino",), "device": "abacus"}
-    wrong = options(**wrong, prompts=tmp_path / "no.txt")
+    wrong = options(metrics=("dino", "beauty"), preset="mine", backbone=("dino",), prompts=tmp_path / "no.txt")
     problems = "\n".join(refused(run, wrong))
-    for part in ("num", "seed", "'beauty'", "'mine'", "ROLE=NAME", "abacus", "no.txt", "has not finished", "nowhere"):
+    for part in ("'beauty'", "'mine'", "ROLE=NAME", "no.txt", "has not finished", "nowhere"):
         assert part in problems
+    with pytest.raises(UserError) as raised:
+        read_config(SubjectEvalOptions, None, [], {"num": 0, "seed": -1, "device": "abacus", "steps": 0, "batch_size": 0})
+    for part in ("num", "seed", "device", "steps", "batch_size"):
+        assert part in str(raised.value)
     assert not (run / "eval").exists()
 
 
 def test_what_is_no_run_or_another_kind_of_run_is_refused(run, options, tmp_path):
     assert "not a run folder" in refused(tmp_path, options())[0]
-    text = (run / "run.yaml").read_text()
-    (run / "run.yaml").write_text(text.replace("task: dreambooth", "task: s2i"))
-    assert "train-s2i" in refused(run, options())[0]
+    with pytest.raises(UserError, match="is a run of train-dreambooth: these options are for another task"):
+        evaluate(Run.open(run), ControlEvalOptions())
 
 
 def test_checkpoints_that_are_not_there_or_damaged(run, options):
@@ -347,7 +351,7 @@ def test_checkpoints_that_are_not_there_or_damaged(run, options):
 
 
 def test_networks_are_looked_for_before_anything_is_drawn(run, options):
-    assert "neither a folder here" in refused(run, options(backbones=("dino=./nothing",)))[0]
+    assert "neither a folder here" in refused(run, options(backbone=("dino=./nothing",)))[0]
     assert not (run / "eval").exists()
 
 

@@ -17,21 +17,22 @@ from tiny_world.upernet import make_model
 from transformers import ResNetConfig, ResNetForImageClassification, SegformerImageProcessor
 
 from etherdiff import cli
-from etherdiff.config import DreamBoothConfig, S2IConfig
+from etherdiff.config import ControlEvalOptions, DreamBoothConfig, S2IConfig, read_config
 from etherdiff.control.datasets import ControlDataset, Pair
 from etherdiff.control.signals.canny import Canny
 from etherdiff.control.signals.landmarks import Landmarks, NoFaceError
 from etherdiff.control.signals.segmentation import Palette, Segmentation
-from etherdiff.eval import evaluate_control as module
-from etherdiff.eval import readback
+from etherdiff.eval import judges, readback
 from etherdiff.eval.compare import as_markdown, cell, compare
-from etherdiff.eval.evaluate_control import ControlOptions, evaluate_control, render
+from etherdiff.eval.evaluate import evaluate, plan_evaluation, render
 from etherdiff.eval.readback import ReadBack, ReadLandmarks, find_readback
 from etherdiff.images.png import read_png_settings
 from etherdiff.images.reading import read_image
+from etherdiff.report import show_report
 from etherdiff.runs.folder import RunFolder, write_settings
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
+from etherdiff.tasks import control_sets
 from etherdiff.tiny.world import CLASSES, PALETTE
 
 SIDE = 16
@@ -64,7 +65,8 @@ class FollowsControl:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, *, prompt, control_image, control_scale, height, width, generator, **how):
+    def __call__(self, prompt, *, control_image, control_scale, height, width, generator, num_images_per_prompt, **how):
+        assert num_images_per_prompt == 1
         self.calls.append((list(prompt), control_scale, how))
         images = []
         for control, one in zip(control_image, generator, strict=True):
@@ -106,6 +108,8 @@ def run(tmp_path):
     """A run folder as training leaves it, as far as it is looked at."""
     folder = RunFolder(tmp_path / "run")
     folder.control_encoder.mkdir(parents=True)
+    folder.adapter.mkdir()
+    folder.refitted_adapter.mkdir()
     (folder.control_encoder / "config.json").write_text("{}")
     config = S2IConfig(base="tiny", dataset="somewhere", resolution=SIDE, steps=7, output=folder.path)
     write_settings(folder, "s2i", config, {"base": {"fingerprint": {"unet": "abc"}}})
@@ -116,21 +120,23 @@ def run(tmp_path):
 def pipeline(tmp_path, monkeypatch):
     """What the run draws with, over a dataset of `MAPS` pairs that are judged by their colours."""
     drawing, pairs = FollowsControl(), make_pairs(tmp_path / "data")
-    monkeypatch.setattr(module, "load_control_run", loader(drawing, ControlDataset("stripes", SIGNAL, (), pairs)))
-    monkeypatch.setattr(module, "find_readback", lambda *_: NearestColour())
+    use(monkeypatch, drawing, ControlDataset("stripes", SIGNAL, (), pairs))
+    monkeypatch.setattr(judges, "find_readback", lambda *_: NearestColour())
     return drawing
 
 
-def loader(drawing, dataset):
-    def load(path, device):
-        run = Run.open(path)
-        return drawing, dataset, run, run.config
+def use(monkeypatch, drawing, dataset):
+    """Draw and judge with these."""
+    monkeypatch.setattr(control_sets, "run_dataset", lambda *_: dataset)
+    monkeypatch.setattr(control_sets, "load_control_run", lambda *_: (drawing,))
 
-    return load
+
+def evaluated(run, options):
+    return evaluate(Run.open(run), options)
 
 
 def options(**changes):
-    return ControlOptions(**({"device": "cpu", "metrics": ("miou", "accuracy"), "batch_size": 3} | changes))
+    return ControlEvalOptions(**({"device": "cpu", "metrics": ("miou", "accuracy"), "batch_size": 3} | changes))
 
 
 def pngs(run, name="images"):
@@ -142,7 +148,7 @@ def pngs(run, name="images"):
 
 
 def test_images_lie_by_pair_and_seed_and_say_how_they_were_made(run, pipeline):
-    result = evaluate_control(run, options(num_maps=4, seed=5))
+    result = evaluated(run, options(num_maps=4, seed=5))
     assert list(pngs(run)) == [f"00{n}-scene-{n}/{5 + n}.png" for n in range(4)]
     said = read_png_settings(run / "eval/images/001-scene-1/6.png")
     expected = {"prompt": "a scene with number 1", "seed": 6, "sampler": "DDIM", "steps": 50, "guidance_scale": 9.0}
@@ -155,7 +161,7 @@ def test_images_lie_by_pair_and_seed_and_say_how_they_were_made(run, pipeline):
 
 
 def test_metrics_json_has_scores_with_identities_and_each_class(run, pipeline, features):
-    result = evaluate_control(run, options(metrics=None, backbones=(f"fid={features}",)))
+    result = evaluated(run, options(metrics=None, backbone=(f"fid={features}",)))
     assert json.loads((run / "eval/metrics.json").read_text()) == result
     assert set(result["scores"]) == {"miou", "accuracy", "mean_accuracy", "fid"}
     for name in ("miou", "accuracy"):
@@ -181,14 +187,14 @@ def test_metrics_json_has_scores_with_identities_and_each_class(run, pipeline, f
 def test_magnitudes_that_were_fitted_again_stand_beside_the_papers_row_of_them(run, pipeline):
     config = S2IConfig(base="tiny", dataset="somewhere", resolution=SIDE, steps=7, method="oft", refit=run)
     write_settings(RunFolder(run), "s2i", config, {})
-    result = evaluate_control(run, options())
+    result = evaluated(run, options())
     assert result["run"]["method"] == "oft"
     assert result["paper"]["method"] == "oft+magnitude"
     assert {name: one["value"] for name, one in result["paper"]["scores"].items()} == {"miou": 0.246, "accuracy": 0.633}
 
 
 def test_control_is_real_shuffled_maps_fall_to_chance_and_none_says_nothing(run, pipeline):
-    result = evaluate_control(run, options(shuffle_maps=True, without_control=True, real=True))
+    result = evaluated(run, options(shuffle_maps=True, without_control=True, real=True))
     beside = {name: found["scores"]["accuracy"]["mean"] for name, found in result["beside"].items()}
     assert result["scores"]["accuracy"]["mean"] == beside["real_images"] == 1
     assert beside["shuffled_images"] == pytest.approx(0.25, abs=0.12)
@@ -209,22 +215,22 @@ def test_control_is_real_shuffled_maps_fall_to_chance_and_none_says_nothing(run,
 
 
 def test_no_image_is_drawn_with_its_own_map_when_they_are_shuffled(run, pipeline):
-    plan = module.plan_evaluation(run, options(num_maps=5, shuffle_maps=True))
-    own, other = plan.controls("images"), plan.controls("shuffled_images")
-    assert sorted(own.values()) == sorted(other.values())
-    assert not [name for name in own if own[name] == other[name]]
+    plan = plan_evaluation(Run.open(run), options(num_maps=5, shuffle_maps=True))
+    own, other = ([picture.control for picture in plan.sets[name].pictures] for name in ("images", "shuffled_images"))
+    assert sorted(own) == sorted(other)
+    assert not [one for one, two in zip(own, other, strict=True) if one == two]
 
 
 def test_intervals_are_over_images(run, pipeline, monkeypatch):
     right = FollowsControl.__call__
 
-    def wrong(self, *, generator, **given):
-        images = right(self, generator=generator, **given).images
+    def wrong(self, prompt, *, generator, **given):
+        images = right(self, prompt, generator=generator, **given).images
         late = [one.initial_seed() >= MAPS // 2 for one in generator]
         return SimpleNamespace(images=[i.rotate(90) if is_late else i for i, is_late in zip(images, late, strict=True)])
 
     monkeypatch.setattr(FollowsControl, "__call__", wrong)
-    one = evaluate_control(run, options())["scores"]["accuracy"]
+    one = evaluated(run, options())["scores"]["accuracy"]
     assert one["low"] < one["mean"] < one["high"] < 1
     assert one["interval"]["over"] == "images"
 
@@ -233,14 +239,14 @@ def test_intervals_are_over_images(run, pipeline, monkeypatch):
 
 
 def test_a_second_time_draws_nothing_and_finds_the_same(run, pipeline):
-    first = evaluate_control(run, options(num_maps=5))
+    first = evaluated(run, options(num_maps=5))
     drawn = len(pipeline.calls)
-    assert evaluate_control(run, options(num_maps=5)) == first
+    assert evaluated(run, options(num_maps=5)) == first
     assert len(pipeline.calls) == drawn
 
 
 def test_stopped_and_started_again_it_draws_what_is_missing_and_the_same_bytes(run, pipeline, monkeypatch, tmp_path):
-    whole = evaluate_control(run, options(num_maps=7))
+    whole = evaluated(run, options(num_maps=7))
     images = pngs(run)
     for place in list(images)[4:]:
         (run / "eval/images" / place).unlink()
@@ -249,7 +255,7 @@ def test_stopped_and_started_again_it_draws_what_is_missing_and_the_same_bytes(r
     kept = run / "eval/images" / list(images)[1]
     before = kept.stat().st_mtime_ns
     pipeline.calls.clear()
-    again = evaluate_control(run, options(num_maps=7))
+    again = evaluated(run, options(num_maps=7))
     assert [len(prompts) for prompts, *_ in pipeline.calls] == [3, 3, 1]  # batches are whole, and those of the first time
     assert pngs(run) == images
     assert again == whole
@@ -257,15 +263,15 @@ def test_stopped_and_started_again_it_draws_what_is_missing_and_the_same_bytes(r
 
 
 def test_other_sets_are_drawn_beside_without_touching_the_first(run, pipeline):
-    first = evaluate_control(run, options(num_maps=5))
+    first = evaluated(run, options(num_maps=5))
     pipeline.calls.clear()
-    second = evaluate_control(run, options(num_maps=5, without_control=True))
+    second = evaluated(run, options(num_maps=5, without_control=True))
     assert {scale for _, scale, _ in pipeline.calls} == {0.0}
     assert second["scores"] == first["scores"]
 
 
 def test_images_of_other_settings_are_not_taken(run, pipeline):
-    evaluate_control(run, options(num_maps=5))
+    evaluated(run, options(num_maps=5))
     for changes, why in [
         ({"steps": 3}, "steps: 50, here 3"),
         ({"guidance_scale": 2.0}, "guidance_scale: 9.0, here 2.0"),
@@ -274,26 +280,26 @@ def test_images_of_other_settings_are_not_taken(run, pipeline):
         ({"num_maps": 6}, r"seeds\.n: 5, here 6"),
     ]:
         with pytest.raises(UserError, match=why):
-            evaluate_control(run, options(**({"num_maps": 5} | changes)))
+            evaluated(run, options(**({"num_maps": 5} | changes)))
     (run / "control_encoder/config.json").write_text('{"trained": "further"}')
     with pytest.raises(UserError, match=r"other settings \(run: .*--overwrite"):
-        evaluate_control(run, options(num_maps=5))
-    assert evaluate_control(run, options(num_maps=5, steps=3, overwrite=True))["scores"]["miou"]["mean"] == 1
+        evaluated(run, options(num_maps=5))
+    assert evaluated(run, options(num_maps=5, steps=3, overwrite=True))["scores"]["miou"]["mean"] == 1
 
 
 def test_where_an_image_is_missing_the_batch_size_matters(run, pipeline):
-    first = evaluate_control(run, options(num_maps=5))
-    assert evaluate_control(run, options(num_maps=5, batch_size=1)) == first
+    first = evaluated(run, options(num_maps=5))
+    assert evaluated(run, options(num_maps=5, batch_size=1)) == first
     (run / "eval/images/000-scene-0/0.png").unlink()
     with pytest.raises(UserError, match="batch_size: 3, here 1"):
-        evaluate_control(run, options(num_maps=5, batch_size=1))
+        evaluated(run, options(num_maps=5, batch_size=1))
 
 
 def test_black_images_are_counted_and_not_averaged_in(run, pipeline, features):
-    how = options(metrics=("miou", "fid"), backbones=(f"fid={features}",))
-    evaluate_control(run, how)
+    how = options(metrics=("miou", "fid"), backbone=(f"fid={features}",))
+    evaluated(run, how)
     Image.new("RGB", (SIDE, SIDE)).save(run / "eval/images/003-scene-3/3.png")
-    result = evaluate_control(run, how)
+    result = evaluated(run, how)
     assert result["left_out"]["black"] == [{"kind": "generated", "prompt": "a scene with number 3", "seed": 3}]
     assert (result["scores"]["miou"]["n"], result["scores"]["fid"]["n"]) == (MAPS - 1, MAPS - 1)
     assert result["scores"]["miou"]["mean"] == 1
@@ -310,8 +316,8 @@ def test_with_a_network_of_the_tiny_world(run, tmp_path, monkeypatch):
     processor.save_pretrained(tmp_path / "upernet")
     palette = Palette("tiny", CLASSES, tuple(map(tuple, PALETTE.tolist())), ignored=())
     dataset = ControlDataset("tiny", Segmentation(palette), (), make_pairs(tmp_path / "data", 3, len(CLASSES)))
-    monkeypatch.setattr(module, "load_control_run", loader(FollowsControl(), dataset))
-    result = evaluate_control(run, options(backbones=(f"segmenter={tmp_path / 'upernet'}",), batch_size=2))
+    use(monkeypatch, FollowsControl(), dataset)
+    result = evaluated(run, options(backbone=(f"segmenter={tmp_path / 'upernet'}",), batch_size=2))
     assert 0 <= result["scores"]["miou"]["mean"] < 0.5
     assert result["scores"]["miou"]["identity"]["backbone"]["name"] == "upernet"
     assert [one["name"] for one in result["per_class"]] == list(CLASSES)
@@ -329,8 +335,8 @@ def test_edges_are_held_against_the_control(run, tmp_path, monkeypatch):
         lines[:: int(pair.name[-1]) + 2] = 255
         Image.fromarray(lines).save(pair.control)
     dataset = ControlDataset("edges", Canny(SIDE), (), pairs)
-    monkeypatch.setattr(module, "load_control_run", loader(FollowsControl(), dataset))
-    result = evaluate_control(run, options(metrics=("edges_f1", "edges_f1_within_1"), shuffle_maps=True))
+    use(monkeypatch, FollowsControl(), dataset)
+    result = evaluated(run, options(metrics=("edges_f1", "edges_f1_within_1"), shuffle_maps=True))
     assert result["scores"]["edges_f1"]["mean"] == 1
     shuffled = result["beside"]["shuffled_images"]["scores"]
     assert shuffled["edges_f1"]["mean"] < shuffled["edges_f1_within_1"]["mean"] < 1
@@ -346,13 +352,13 @@ def faces(tmp_path, monkeypatch):
         path.write_text(json.dumps({"points": (points + number / 100).tolist(), "size": [SIDE, SIDE]}))
         pairs = tuple(Pair(p.name, p.image, path, p.text) if p is pair else p for p in pairs)
     dataset = ControlDataset("faces", Landmarks(), (), pairs)
-    monkeypatch.setattr(module, "load_control_run", loader(FollowsControl(), dataset))
+    use(monkeypatch, FollowsControl(), dataset)
     monkeypatch.delenv("ETHERDIFF_FACE_LANDMARKER", raising=False)
     return pairs
 
 
 def test_landmarks_without_a_detector_are_not_scored_and_it_is_said_why(run, faces):
-    result = evaluate_control(run, options(metrics=("landmarks_error",)))
+    result = evaluated(run, options(metrics=("landmarks_error",)))
     assert result["scores"] == {}
     assert "--backbone landmarks=FILE.task" in result["not_scored"]["landmarks_error"]
     console = Console(width=150, record=True)
@@ -372,13 +378,13 @@ def test_landmarks_of_a_detector(run, faces, tmp_path, monkeypatch):
         return signal.target(faces[len(seen) - 1].control, SIDE) + np.array((1.0, 0.0))
 
     monkeypatch.setattr(readback, "detect", detect)
-    result = evaluate_control(run, options(metrics=("landmarks_error",), backbones=(f"landmarks={tmp_path / 'face.task'}",)))
+    result = evaluated(run, options(metrics=("landmarks_error",), backbone=(f"landmarks={tmp_path / 'face.task'}",)))
     one = result["scores"]["landmarks_error"]
     eyes = [np.linalg.norm(np.subtract(*signal.target(faces[n].control, SIDE)[[36, 45]])) for n in (0, 2, 3)]
     assert (one["mean"], one["n"]) == (pytest.approx(np.mean(1 / np.array(eyes))), 3)
     assert [entry["seed"] for entry in result["left_out"]["no_face"]] == [1]
     monkeypatch.setattr(readback, "detect", lambda *_: np.ones((478, 2)))
-    other = evaluate_control(run, options(metrics=("landmarks_error",), backbones=(f"landmarks={tmp_path / 'face.task'}",)))
+    other = evaluated(run, options(metrics=("landmarks_error",), backbone=(f"landmarks={tmp_path / 'face.task'}",)))
     assert "68 points, but 478" in other["not_scored"]["landmarks_error"]
     monkeypatch.setattr(readback, "detect", lambda *_: (_ for _ in ()).throw(UserError("no face model: cannot work with it")))
     with pytest.raises(UserError, match="cannot work"):
@@ -395,27 +401,25 @@ def test_a_signal_that_nothing_reads_is_refused():
 
 def refused(run, options):
     with pytest.raises(UserError) as raised:
-        evaluate_control(run, options)
+        evaluated(run, options)
     return "\n".join(raised.value.problems)
 
 
 def test_everything_wrong_with_the_options_comes_in_one_message(run, pipeline):
-    wrong = {
-        "num_maps": 0,
-        "steps": 0,
-        "batch_size": 0,
-        "seed": -1,
-        "device": "abacus",
-        "preset": "x",
-        "backbones": ("dino=y",),
-    }
-    told = refused(run, ControlOptions(**wrong))
-    for part in ("num_maps", "steps", "batch_size", "seed", "abacus", "'x'", "ROLE=NAME, with ROLE of segmenter"):
+    told = refused(run, ControlEvalOptions(preset="x", backbone=("dino=y",)))
+    for part in ("'x'", "ROLE=NAME, with ROLE of segmenter"):
         assert part in told
     assert not (run / "eval").exists()
+    wrong = {"num_maps": 0, "steps": 0, "batch_size": 0, "seed": -1, "device": "abacus"}
+    with pytest.raises(UserError) as raised:
+        read_config(ControlEvalOptions, None, [], wrong)
+    for part in ("num_maps", "steps", "batch_size", "seed", "device"):
+        assert part in str(raised.value)
 
 
 def test_what_does_not_fit_the_dataset_is_refused_before_anything_is_drawn(run, pipeline, tmp_path, monkeypatch):
+    config = S2IConfig(base="tiny", dataset="somewhere", signal="segmentation", resolution=SIDE, steps=7)
+    write_settings(RunFolder(run), "s2i", config, {})
     told = refused(run, options(num_maps=21, metrics=("dino", "io")))
     for part in ("has 20 pairs", "'dino': of segmentation there are miou", "'io'"):
         assert part in told
@@ -424,7 +428,7 @@ def test_what_does_not_fit_the_dataset_is_refused_before_anything_is_drawn(run, 
     Image.fromarray(np.full((SIDE, SIDE), 9, np.uint8)).save(tmp_path / "data/1-map.png")
     assert "outside four" in refused(run, options())
     empty = ControlDataset("nothing", SIGNAL, (), ())
-    monkeypatch.setattr(module, "load_control_run", loader(pipeline, empty))
+    use(monkeypatch, pipeline, empty)
     assert "no pairs to evaluate with" in refused(run, options())
     assert not pipeline.calls
 
@@ -435,9 +439,9 @@ def test_a_real_image_that_cannot_be_read_is_named(run, pipeline, tmp_path):
 
 
 def test_what_is_no_controllable_run_is_refused(run, tmp_path):
-    assert "is not a run folder" in refused(tmp_path, options())
-    write_settings(RunFolder(run), "dreambooth", DreamBoothConfig(base="tiny", subject="ball"), {})
-    assert "not a run of train-s2i" in refused(run, options())
+    assert "not a run folder" in refused(tmp_path, options())
+    write_settings(RunFolder(run), "dreambooth", DreamBoothConfig(base="tiny", subject="dog", steps=7), {})
+    assert "is a run of train-dreambooth: these options are for another task" in refused(run, options())
 
 
 def command(monkeypatch, *arguments):
@@ -459,7 +463,8 @@ def test_the_command_judges_a_run_by_its_task(run, pipeline, monkeypatch, capsys
 
 
 def test_the_report_shows_the_sheet_the_other_sets_and_each_class(run, pipeline):
-    evaluate_control(run, options(num_maps=3, shuffle_maps=True, real=True))
+    evaluated(run, options(num_maps=3, shuffle_maps=True, real=True))
+    show_report(run)
     page = html.unescape((run / "report.html").read_text())
     for part in ("Control and image", "with another's control", "Class by class", "yellow", "ether+ on somewhere", "mIoU"):
         assert part in page
@@ -470,21 +475,19 @@ def test_two_runs_are_compared_if_they_were_judged_alike(run, pipeline, tmp_path
     other = tmp_path / "other"
     shutil.copytree(run, other)
     for one in (run, other):
-        evaluate_control(one, options(num_maps=3))
+        evaluated(one, options(num_maps=3))
     first, second = compare([run, other])
     assert cell(first, "miou") == cell(second, "miou")
     assert "| dataset | stripes | stripes |" in as_markdown([first, second])
     assert "subject" not in as_markdown([first, second])
-    evaluate_control(other, options(num_maps=3, guidance_scale=1.0, overwrite=True))
+    evaluated(other, options(num_maps=3, guidance_scale=1.0, overwrite=True))
     with pytest.raises(UserError, match=r"generation\.guidance_scale: 9\.0, here 1\.0"):
         compare([run, other])
 
 
-def test_options_of_the_other_task_are_refused(run, pipeline, monkeypatch, capsys, tmp_path):
+def test_options_of_the_other_task_are_refused(run, pipeline, monkeypatch, capsys):
     assert command(monkeypatch, run, "--num", 3, "--no-base", "--checkpoint", "best") == 2
     assert "--num, --checkpoint, --no-base is for runs of train-dreambooth" in capsys.readouterr().err
-    other = RunFolder(tmp_path / "other")
-    other.path.mkdir()
-    write_settings(other, "dreambooth", DreamBoothConfig(subject="dog"), {})
-    assert command(monkeypatch, other.path, "--num-maps", 3, "--real") == 2
+    write_settings(RunFolder(run), "dreambooth", DreamBoothConfig(base="tiny", subject="dog", steps=7), {})
+    assert command(monkeypatch, run, "--num-maps", 3, "--real") == 2
     assert "--num-maps, --real is for runs of train-s2i" in capsys.readouterr().err

@@ -1,9 +1,14 @@
 """What the paper reports (ETHER, arXiv 2405.20271, Stable Diffusion 1.5), and whether a score may stand beside it."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from etherdiff.config import PerturbConfig
 from etherdiff.eval.metrics import METRICS
+from etherdiff.families.sampling import PAPER_SAMPLING
 from etherdiff.runs.identity import differences
+from etherdiff.tasks.control_sets import MAX_MAPS, ControlImageSets
+from etherdiff.tasks.subject_sets import SubjectImageSets
 
 PAPER_SUBJECTS: dict[str, dict[str, float]] = {
     "real images": {"dino": 0.703, "clip_i": 0.864, "lpips_to_real": 0.695},
@@ -28,6 +33,9 @@ PAPER_S2I: dict[str, dict[str, float]] = {
 """Method (`none`: the hint encoder alone) -> score on 2000 validation maps of ADE20K; shares where the paper has percent."""
 
 PAPER_S2I_SCOPE = "2000 validation maps of ADE20K, Stable Diffusion 1.5; which UperNet judged them is not told"
+SD1_TEXT_WIDTH = 768
+"""Width of Stable Diffusion 1's text embeddings, by which it is known."""
+PAPER_PROMPTS, PAPER_SEEDS = 25, 4
 PAPER_SCOPE = "30 subjects, 25 prompts each, 4 images per prompt, Stable Diffusion 1.5"
 
 _CLIP: dict[str, Any] = {
@@ -55,7 +63,7 @@ _REAL_IMAGES = {entry.baseline: name for name, entry in METRICS.items() if entry
 
 
 def paper_value(score: str, method: str) -> float | None:
-    """The paper's number for one of our scores and methods, whatever the setting; baselines have the row of real images."""
+    """Return the paper's number for a score and a method, whatever the setting; baselines have the row of real images."""
     if score in _REAL_IMAGES:
         return PAPER_SUBJECTS["real images"].get(_REAL_IMAGES[score])
     rows = PAPER_S2I if score in ("fid", "miou", "accuracy") else PAPER_SUBJECTS
@@ -63,10 +71,10 @@ def paper_value(score: str, method: str) -> float | None:
 
 
 def differs_from_paper(score: str, identity: dict[str, Any]) -> list[str]:
-    """Why a score was not computed as the paper's of that name; empty where it was, and may be shown beside.
+    """List why a score was not computed as the paper's of that name; empty where it was, and may be shown next to it.
 
     It looks at the network, its features and the preprocessing, and for CLIP-T at the prompts' form (the scripts score
-    against `instance_prompt`, identifier included). Subjects and prompts are `PAPER_SCOPE`, which the reader has to be told.
+    against `instance_prompt`, identifier included). Subjects and prompts are `PAPER_SCOPE`, which has to be shown too.
     """
     expected = _BACKBONES.get(_REAL_IMAGES.get(score, score))
     if expected is None:
@@ -76,6 +84,38 @@ def differs_from_paper(score: str, identity: dict[str, Any]) -> list[str]:
     if score == "clip_t" and identity["prompts"]["form"] != "with identifier":
         reasons.append("prompts without identifier")
     return reasons
+
+
+def paper_of_subject(sets: SubjectImageSets, scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the paper's numbers for a run's method, and for each why it must not stand next to ours; empty where it may."""
+    options, apart = sets.options, []
+    if isinstance(sets.config, PerturbConfig):
+        apart.append("the transformation is random, not trained")
+    if sets.base.config("unet").get("cross_attention_dim") != SD1_TEXT_WIDTH:
+        apart.append("the base is not Stable Diffusion 1.5")
+    if options.prompts is not None or options.num != PAPER_SEEDS:
+        apart.append(f"not {PAPER_SEEDS} images of each of DreamBooth's {PAPER_PROMPTS} prompts")
+    if options.steps != PAPER_SAMPLING["steps"]:
+        apart.append(f"{options.steps} denoising steps")
+    values = _values(scores, sets.config.method)
+    found = {
+        name: {"value": value, "differs": apart + differs_from_paper(name, scores[name]["identity"])}
+        for name, value in values.items()
+    }
+    return {"method": sets.config.method, "scope": PAPER_SCOPE, "scores": found}
+
+
+def paper_of_maps(sets: ControlImageSets, scores: Iterable[str]) -> dict[str, Any]:
+    """Return the paper's numbers for a controllable run's method, and why they must not be taken for the same as ours."""
+    method, apart = sets.run.method_label, [f"the paper's: {PAPER_S2I_SCOPE}"]
+    if sets.dataset.name != "ade20k" or len(sets.pairs) != MAX_MAPS:
+        apart.append(f"{len(sets.pairs)} maps of {sets.dataset.name}")
+    found = {name: {"value": value, "differs": apart} for name, value in _values(scores, method).items()}
+    return {"method": method, "scope": PAPER_S2I_SCOPE, "scores": found}
+
+
+def _values(scores: Iterable[str], method: str) -> dict[str, float]:
+    return {name: value for name in scores if (value := paper_value(name, method)) is not None}
 
 
 def _only(found: Any, expected: Any) -> Any:

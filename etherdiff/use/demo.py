@@ -5,16 +5,18 @@ from pathlib import Path
 
 from PIL import Image
 
-from etherdiff.config import DreamBoothConfig, ExportOptions, MergeOptions
-from etherdiff.eval.evaluate import EvalOptions, evaluate
+from etherdiff.config import DreamBoothConfig, ExportOptions, MergeOptions, SubjectEvalOptions
+from etherdiff.eval.evaluate import evaluate
 from etherdiff.eval.metrics import HELD_OUT
-from etherdiff.eval.protocol import BASE_IMAGES, IMAGES
 from etherdiff.families.sampling import sheet, slug
 from etherdiff.images.reading import list_images, read_images
 from etherdiff.images.sheets import contact_sheet
 from etherdiff.runs.folder import RunFolder
+from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 from etherdiff.system.terminal import say
+from etherdiff.tasks.image_sets import IMAGES
+from etherdiff.tasks.subject_sets import BASE_IMAGES
 from etherdiff.tasks.subjects import make_prompts, prompts_for
 from etherdiff.tiny.dreambooth import render_folder
 from etherdiff.tiny.subjects import SUBJECTS
@@ -66,7 +68,7 @@ def run_demo(
             eval_every=max(steps // 4, 1),
         )
     )
-    result = evaluate(run, EvalOptions(num=SEEDS, steps=denoising_steps))
+    result = evaluate(Run.open(run), SubjectEvalOptions(num=SEEDS, steps=denoising_steps))
     report(run)
     after, before = (found["scores"]["dino" + HELD_OUT]["mean"] for found in (result, result["base"]))
     before_after(run, photos).save(output / "before-after.png")

@@ -12,13 +12,13 @@ from subject_photos import draw_subject
 from etherdiff.adapters.drift import adapter_drift
 from etherdiff.adapters.io import load_adapter
 from etherdiff.config import PerturbConfig
-from etherdiff.eval.evaluate import find_trained
 from etherdiff.families.bases import find_base
 from etherdiff.families.sd1 import load_base
 from etherdiff.runs.folder import check_result, is_sealed
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 from etherdiff.system.locks import run_lock
+from etherdiff.tasks.image_sets import find_trained
 from etherdiff.tasks.perturb import perturb, plan_perturbation
 
 
@@ -97,12 +97,11 @@ def test_every_mistake_is_in_one_message(config, tmp_path):
 
 def test_there_is_nothing_but_the_last_of_it(config, tmp_path):
     path = perturb(config(method="ether"))
-    opened = Run.open(path)
-    run, settings = opened.folder, opened.config
-    assert find_trained(run, settings, "last").step == 0
+    run = Run.open(path)
+    assert find_trained(run, "last").step == 0
     for name in ("best", "step-1"):
         with pytest.raises(UserError, match="there is only its last"):
-            find_trained(run, settings, name)
+            find_trained(run, name)
     from etherdiff.run import resume
 
     with pytest.raises(UserError, match="nothing to go on with"):
