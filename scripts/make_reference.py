@@ -171,9 +171,9 @@ def metrics_page() -> str:
 
     rows = []
     for name, entry in METRICS.items():
-        highest = "∞" if entry.highest is None else f"{entry.highest:g}"
+        lowest, highest = (f"{bound:g}".replace("inf", "∞") for bound in entry.range)
         better = "higher" if entry.higher_is_better else "lower"
-        rows.append([f"`{name}`", cell(entry.definition), f"{entry.lowest:g} to {highest}", better, entry.role])
+        rows.append([f"`{name}`", cell(entry.definition), f"{lowest} to {highest}", better, entry.role])
     return "\n".join(
         [
             NOTE,
