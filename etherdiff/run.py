@@ -20,12 +20,19 @@ from etherdiff.system.devices import DTYPES
 from etherdiff.system.errors import NotFiniteError, Stopped, UserError
 from etherdiff.system.faults import explained
 from etherdiff.system.locks import LOCK, run_lock
-from etherdiff.system.terminal import say, warn
+from etherdiff.system.terminal import say
 from etherdiff.tasks import plan_training
 from etherdiff.tasks.task import Training
 from etherdiff.train.batches import StepBatches
 from etherdiff.train.checkpoint import newest_checkpoint, read_step
-from etherdiff.train.loop import TrainingState, fit, make_accelerator, prepare_training, ways_to_save_memory
+from etherdiff.train.loop import (
+    TrainingState,
+    fit,
+    make_accelerator,
+    prepare_training,
+    use_averaged_weights,
+    ways_to_save_memory,
+)
 from etherdiff.train.recorder import Clock, Recorder, write_cost
 from etherdiff.train.resume import check_machine, reopen, resume_from_checkpoint
 
@@ -98,7 +105,7 @@ def train_task(task: Training[Any], resumed: Run | None = None) -> Path:
             if state.step == config.steps:
                 task.conclude()
                 show_report(run.path)
-        end_tracker(accelerator)
+        recorder.end_tracker()
         if state.step < config.steps:
             raise Stopped(signals.received() or signal.SIGTERM, f"stopped at step {state.step}; {how_to_go_on(run)}")
     return run.path
@@ -135,14 +142,6 @@ def how_to_go_on(run: RunFolder) -> str:
     return f"go on with: etherdiff resume {run.path}"
 
 
-def end_tracker(accelerator: Accelerator) -> None:
-    """Close the tracker, whose failure is no failure of the run."""
-    try:
-        accelerator.end_training()
-    except Exception as error:  # as in the recorder
-        warn(f"the tracker failed at the end ({type(error).__name__}: {error})")
-
-
 def open_run(
     run: RunFolder, task: Training[Any], hashes: dict[str, str], resumed: Run | None, accelerator: Accelerator
 ) -> None:
@@ -167,9 +166,3 @@ def open_run(
         **task.facts(),
     }
     write_settings(run, task.name, config, facts)
-
-
-def use_averaged_weights(state: TrainingState) -> None:
-    """With EMA on, the average is the result."""
-    if state.ema is not None:
-        state.ema.copy_to(state.parameters.values())

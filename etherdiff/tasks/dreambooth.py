@@ -230,7 +230,6 @@ class DreamBooth(Training[DreamBoothPlan]):
     """Fine-tune on a subject's images."""
 
     name = "dreambooth"
-    command = "train-dreambooth"
     config_class = DreamBoothConfig
     encodes_text = False
     image_sets = staticmethod(find_subject_sets)

@@ -191,7 +191,6 @@ class S2I(Training[S2IPlan]):
     """Fine-tune on images and their control signals."""
 
     name = "s2i"
-    command = "train-s2i"
     config_class = S2IConfig
     encodes_text = True
     image_sets = staticmethod(find_control_sets)

@@ -35,8 +35,6 @@ class Task(ABC, Generic[P]):
 
     name: ClassVar[str]
     """Its name in run.yaml."""
-    command: ClassVar[str]
-    """The command that makes its run folders."""
     config_class: ClassVar[type[RunConfig]]
     plan: P
 

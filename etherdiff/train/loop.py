@@ -133,6 +133,12 @@ def advance(state: TrainingState, moved: bool) -> None:
     state.step += 1
 
 
+def use_averaged_weights(state: TrainingState) -> None:
+    """Put the moving average, if there is one, in place of the weights: it is the result."""
+    if state.ema is not None:
+        state.ema.copy_to(state.parameters.values())
+
+
 def _not_finite(state: TrainingState, config: TrainConfig, skipped: int) -> str:
     what = "the loss or its gradient is NaN or infinite"
     rate = f"a lower --learning-rate than {config.learning_rate:g}" if config.learning_rate else "a lower --learning-rate"

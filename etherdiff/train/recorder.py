@@ -120,6 +120,13 @@ class Recorder:
             if state.step and watcher.is_missing and self._is_due(watcher.every, state.step) and watcher.is_missing(state.step):
                 self._watch(watcher, state)
 
+    def end_tracker(self) -> None:
+        """Close the tracker, whose failure is no failure of the run."""
+        try:
+            self.accelerator.end_training()
+        except Exception as error:  # whatever a tracker, its network or the disk raises
+            warn(f"the tracker failed at the end ({type(error).__name__}: {error})")
+
     def _is_due(self, every: int, step: int) -> bool:
         return step % every == 0 or step == self.config.steps
 
