@@ -77,7 +77,7 @@ def test_what_is_watched_is_what_would_be_saved(train, decay):
     watcher = Watcher("scores", 5, lambda step: seen.append(float(tasks[0].weight.detach())) or {})
     state, _, _ = train(watcher, ema_decay=decay, on_start=tasks.append)
     kept = state.parameters["weight"] if decay is None else state.ema.shadow_params[0]
-    assert seen == [float(kept)]
+    assert seen == [float(kept.detach())]
     assert (float(state.parameters["weight"]) == seen[0]) == (decay is None)
 
 
