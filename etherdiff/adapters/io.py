@@ -27,6 +27,7 @@ from etherdiff.adapters.layers import quiet_boft
 from etherdiff.adapters.methods import METHODS, adapter_layers, layer_types, method_of, peft_type_of, tuner_layers
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import save_tensors, staged_folder
+from etherdiff.system.words import listed
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 PICKLE = "adapter_model.bin"
@@ -146,7 +147,7 @@ def _refuse_foreign_files(folder: Path) -> None:
     held = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     foreign = [name for name in held if name not in (CONFIG, WEIGHTS, BASE, MODEL_CARD)]
     if foreign:
-        raise UserError(f"{folder} holds {_some(foreign)}: choose a folder of its own for the adapter.")
+        raise UserError(f"{folder} holds {listed(foreign, 8)}: choose a folder of its own for the adapter.")
 
 
 def _find(folder: Path) -> Path:
@@ -158,7 +159,7 @@ def _find(folder: Path) -> Path:
     for candidate in (folder, folder / "adapter"):
         if (candidate / CONFIG).is_file():
             return candidate
-    inside = _some(sorted(path.name for path in folder.iterdir())) or "nothing"
+    inside = listed(sorted(path.name for path in folder.iterdir()), 8) or "nothing"
     raise UserError(
         f"adapter {folder} has no {CONFIG}, neither in itself nor in adapter/ (it holds {inside}). "
         "Give a run's folder, or the adapter folder inside it."
@@ -188,10 +189,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     # default: PEFT keeps target_modules as a set, whose order changes from run to run
     path.write_text(json.dumps(content, indent=2, sort_keys=True, default=sorted) + "\n", encoding="utf-8")
-
-
-def _some(names: Sequence[str], shown: int = 8) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 # --- On a UNet -------------------------------------------------------------------------------------------------------
@@ -352,7 +349,7 @@ def _check_fit(saved: SavedAdapter, tensors: Mapping[str, Tensor], expected: Map
         "tensors for which there is no place": unexpected,
         "tensors missing from the file": missing,
     }
-    problems = [f"{len(names)} {what} ({_some(names, 3)})" for what, names in found.items() if names]
+    problems = [f"{len(names)} {what} ({listed(names, 3)})" for what, names in found.items() if names]
     if problems:
         raise UserError(f"adapter {saved.folder} does not fit this UNet: {'; '.join(problems)}. {_other_base(saved)}")
 

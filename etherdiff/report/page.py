@@ -293,8 +293,10 @@ def _drift(contents: Contents) -> dict[str, Any]:
 def _about_transformations(contents: Contents, multiplies: bool) -> str | None:
     if len(contents.run.adapters) > 1:
         return "Magnitudes on top of the adapter that they were learned on: the weights of both together are compared."
+    if not multiplies:
+        return "The method adds to the weights: it has no transformation."
     method = METHODS.get(contents.run.config.method)
-    return method and method.bound if multiplies else "The method adds to the weights: it has no transformation."
+    return method.bound if method else None
 
 
 def _layer_series(

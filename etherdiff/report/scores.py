@@ -12,9 +12,7 @@ from etherdiff.report.contents import Contents
 from etherdiff.runs.result import EvalResult, Score, SetScores
 from etherdiff.system.words import counted, score
 
-TITLES = {name: metric.title for name, metric in METRICS.items() if metric.compares != "real x other real"} | {
-    "loss": "training loss"
-}
+TITLES = {"loss": "training loss", **{name: metric.title for name, metric in METRICS.items()}}
 REASONS = {
     "black": "black images, as a safety checker leaves them",
     "unreadable": "unreadable images",

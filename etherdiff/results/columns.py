@@ -14,7 +14,7 @@ SUBJECT_COLUMNS = ("trainable_parameters", "dino", "dino_held_out", "clip_i", "c
 
 
 @dataclass(frozen=True)
-class Column:
+class Quantity:
     """One quantity."""
 
     name: str
@@ -26,13 +26,13 @@ class Column:
     """What people read it in."""
 
 
-def column(name: str) -> Column:
+def column(name: str) -> Quantity:
     """The quantity of a name that `column_problems` has nothing against."""
     if name in FACTS:
         entry = FACTS[name]
-        return Column(name, entry.label, False, entry.higher_is_better, entry.unit)
+        return Quantity(name, entry.label, False, entry.higher_is_better, entry.unit)
     base = name.removesuffix(HELD_OUT)
-    return Column(name, score_title(name), True, METRICS[base].higher_is_better)
+    return Quantity(name, score_title(name), True, METRICS[base].higher_is_better)
 
 
 def is_score(name: str) -> bool:

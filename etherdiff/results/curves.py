@@ -7,7 +7,7 @@ from pathlib import Path
 from etherdiff.config import PlotOptions
 from etherdiff.report.charts import points, thinned
 from etherdiff.report.scores import score_title
-from etherdiff.results.columns import Column, column, column_problems, is_score, scores_behind
+from etherdiff.results.columns import Quantity, column, column_problems, is_score, scores_behind
 from etherdiff.results.identity import check_identities
 from etherdiff.results.keys import Value, check_keys, group, refuse_mixtures, shown, value_of
 from etherdiff.results.paper import PaperValue, paper_of
@@ -43,7 +43,7 @@ class Line:
 class Panel:
     """A quantity, and a line for each group of runs."""
 
-    column: Column
+    column: Quantity
     lines: list[Line]
 
 
@@ -91,7 +91,7 @@ def _refuse_keys(runs: Sequence[Run], options: PlotOptions) -> None:
         raise UserError(problems)
 
 
-def _panel(of: Column, collection: Collection, numbers: Numbers, options: PlotOptions) -> Panel:
+def _panel(of: Quantity, collection: Collection, numbers: Numbers, options: PlotOptions) -> Panel:
     lines = []
     for values, runs in group(collection.runs, options.lines).items():
         cells = {at: numbers.cell(there, of.name) for (at,), there in group(runs, (options.x,)).items()}
@@ -124,7 +124,7 @@ def _over_steps(paths: Sequence[Path], options: PlotOptions) -> Figure:
         lines = [Line(_shown(values), _logged(of, name), []) for values, of in groups.items()]
         higher = column(name).higher_is_better if is_score(name) else None
         label = score_title(name)
-        panels.append(Panel(Column(name, label, is_score(name), higher), lines))
+        panels.append(Panel(Quantity(name, label, is_score(name), higher), lines))
     return Figure(STEP, panels, [], collection.left_out)
 
 

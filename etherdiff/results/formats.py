@@ -12,13 +12,13 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from etherdiff.report.template import render
-from etherdiff.results.columns import Column
+from etherdiff.results.columns import Quantity
 from etherdiff.results.facts import FACTS
 from etherdiff.results.keys import shown
 from etherdiff.results.paper import PaperValue
 from etherdiff.results.pooling import Cell
 from etherdiff.results.runs import LeftOut
-from etherdiff.results.tables import Row, Table, described
+from etherdiff.results.tables import Table, TableRow, described
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import write_text
 from etherdiff.system.terminal import warn
@@ -149,12 +149,12 @@ def _head(table: Table) -> list[str]:
     return [*head, *(["interval over"] if any(row.over for row in table.rows) else [])]
 
 
-def _paper_head(table: Table, column: Column) -> str:
+def _paper_head(table: Table, column: Quantity) -> str:
     differs = any(row.paper[column.name].differs for row in table.rows if column.name in row.paper)
     return "paper†" if differs else "paper"
 
 
-def _cells(table: Table, row: Row) -> list[tuple[str, bool]]:
+def _cells(table: Table, row: TableRow) -> list[tuple[str, bool]]:
     """The texts of a row, each with whether it is the best of its column."""
     names = [row.beside, *("" for _ in table.keys[1:])] if row.beside else [shown(value) for value in row.values]
     cells = [(name, False) for name in names]
@@ -171,7 +171,7 @@ def _cells(table: Table, row: Row) -> list[tuple[str, bool]]:
     return cells
 
 
-def _plateau_text(row: Row) -> str:
+def _plateau_text(row: TableRow) -> str:
     plateau = row.plateau
     if plateau is None:
         return "–"
@@ -182,7 +182,7 @@ def _plateau_text(row: Row) -> str:
     return f"{'≥ ' if plateau.is_lower_bound else ''}{plateau.decades:.1f} ({low} to {high})"
 
 
-def _cell_text(column: Column, cell: Cell | None) -> str:
+def _cell_text(column: Quantity, cell: Cell | None) -> str:
     if cell is None:
         return ""
     mark = "*" if cell.differs else ""
@@ -208,7 +208,7 @@ def _markdown(text: str) -> str:
     return text.replace("\n", " ")
 
 
-def _csv_row(table: Table, row: Row) -> dict[str, object]:
+def _csv_row(table: Table, row: TableRow) -> dict[str, object]:
     found: dict[str, object] = dict(zip(table.keys, row.values, strict=True))
     found |= {"row": row.beside or "runs", "left_out": row.left_out}
     if not row.beside:

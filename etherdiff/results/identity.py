@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from etherdiff.runs.identity import SUBJECTS_OWN, score_differences, version_differences
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
+from etherdiff.system.words import listed
 
 
 @dataclass
@@ -31,11 +32,12 @@ class Checked:
         for (run, score), differences in self.otherwise.items():
             for difference in differences:
                 found.setdefault(difference, {}).setdefault(score, []).append(run)
-        return [
-            f"{_some(list(dict.fromkeys(run for runs in scores.values() for run in runs)))} "
-            f"not scored as the first run was: {difference} ({', '.join(scores)})"
-            for difference, scores in found.items()
-        ]
+        sentences = []
+        for difference, scores in found.items():
+            runs = list(dict.fromkeys(run for of in scores.values() for run in of))
+            verb = "was" if len(runs) == 1 else "were"
+            sentences.append(f"{listed(runs)} {verb} not scored as the first run was: {difference} ({', '.join(scores)})")
+        return sentences
 
 
 def check_identities(runs: Sequence[Run], scores: Sequence[str], anyway: bool) -> Checked:
@@ -58,8 +60,3 @@ def check_identities(runs: Sequence[Run], scores: Sequence[str], anyway: bool) -
         advice = "score them alike (etherdiff eval), or pass --anyway to see them together, marked"
         raise UserError([*checked.sentences(), advice])
     return checked
-
-
-def _some(names: Sequence[str], most: int = 4) -> str:
-    told = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-    return f"{told} {'was' if len(names) == 1 else 'were'}"

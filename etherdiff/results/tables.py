@@ -7,7 +7,7 @@ from typing import Any
 
 from etherdiff.config import TableOptions
 from etherdiff.eval.metrics import METRICS
-from etherdiff.results.columns import Column, column, column_problems, is_score, scores_behind, usual_columns
+from etherdiff.results.columns import Quantity, column, column_problems, is_score, scores_behind, usual_columns
 from etherdiff.results.facts import FACTS, fact
 from etherdiff.results.identity import Checked, check_identities
 from etherdiff.results.keys import Value, check_keys, group, refuse_mixtures, shown, value_of
@@ -22,14 +22,14 @@ from etherdiff.system.terminal import track
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """Runs that are averaged."""
 
     values: tuple[Value, ...]
     """Of the rows' keys."""
     runs: list[Run]
     cells: dict[str, Cell]
-    """Column -> number; without those that are not known."""
+    """Quantity -> number; without those that are not known."""
     paper: dict[str, PaperValue] = field(default_factory=dict)
     left_out: int = 0
     """Runs of the same values that could not be read."""
@@ -51,15 +51,15 @@ class Table:
     """Everything that the formats write."""
 
     keys: tuple[str, ...]
-    columns: list[Column]
-    rows: list[Row]
+    columns: list[Quantity]
+    rows: list[TableRow]
     remarks: list[str]
     left_out: list[LeftOut]
     best: str | None = None
     shows_paper: frozenset[str] = frozenset()
     """Columns that the paper's numbers stand beside."""
 
-    def is_best(self, row: Row, name: str) -> bool:
+    def is_best(self, row: TableRow, name: str) -> bool:
         """Whether no run's row has a better score in the column."""
         higher = column(name).higher_is_better
         if row.beside or name not in row.cells or higher is None:
@@ -92,7 +92,9 @@ def make_table(paths: Sequence[Path], options: TableOptions) -> Table:
     if options.best is None:
         rows = [_row(values, of, names, numbers, collection, options) for values, of in groups.items()]
     else:
-        rows = [_best_row(values, of, names, judged[0], numbers, collection, options) for values, of in groups.items()]
+        rows = [
+            _best_row(values, of, names, options.best, judged[0], numbers, collection, options) for values, of in groups.items()
+        ]
     shows_paper = frozenset(name for row in rows for name in row.paper)
     rows = [*_beside(runs, names, numbers, options, shows_paper), *rows]
     remarks = [*_remarks(rows, judged, options, runs), *numbers.remarks()]
@@ -198,10 +200,10 @@ def _row(
     collection: Collection,
     options: TableOptions,
     best: tuple[Value, Plateau | None] = (None, None),
-) -> Row:
+) -> TableRow:
     cells = {name: cell for name in names if (cell := numbers.cell(runs, name)) is not None}
     paper = {name: value for name in names if options.paper and (value := paper_of(runs, name)) is not None}
-    return Row(values, runs, cells, paper, len(lost_of(collection, options.rows, values)), *best)
+    return TableRow(values, runs, cells, paper, len(lost_of(collection, options.rows, values)), *best)
 
 
 def lost_of(collection: Collection, keys: Sequence[str], values: tuple[Value, ...]) -> list[LeftOut]:
@@ -214,30 +216,30 @@ def _best_row(
     values: tuple[Value, ...],
     runs: list[Run],
     names: Sequence[str],
+    key: str,
     by: str,
     numbers: Numbers,
     collection: Collection,
     options: TableOptions,
-) -> Row:
+) -> TableRow:
     """The runs of the setting that is best `by` a column; a setting at which a run diverged counts as failed."""
-    assert options.best is not None
-    by_setting = {setting: of for (setting,), of in group(runs, (options.best,)).items()}
+    by_setting = {setting: of for (setting,), of in group(runs, (key,)).items()}
     lost = lost_of(collection, options.rows, values)
-    failed = {value_of(one.run, options.best) for one in lost if one.diverged and one.run}
+    failed = {value_of(one.run, key) for one in lost if one.diverged and one.run}
     pooled = {s: pool_scores(scored(of), by) if is_score(by) else numbers.cell(of, by) for s, of in by_setting.items()}
     found = {setting: cell.mean for setting, cell in pooled.items() if cell is not None and setting not in failed}
     points = [(float(setting), found.get(setting)) for setting in sorted({*pooled, *filter(_is_positive, failed)})]
     higher = bool(column(by).higher_is_better)
     best = (max if higher else min)(found, key=lambda setting: found[setting], default=None)
     if best is None:  # every setting has failed
-        return Row(values, runs, {}, left_out=len(lost))
+        return TableRow(values, runs, {}, left_out=len(lost))
     plateau = find_plateau(points, higher, options.share or SHARE)
     return _row(values, by_setting[best], names, numbers, collection, options, (best, plateau))
 
 
 def _beside(
     runs: Sequence[Run], names: Sequence[str], numbers: Numbers, options: TableOptions, shows_paper: frozenset[str]
-) -> list[Row]:
+) -> list[TableRow]:
     """Rows of what the runs were judged beside: real images, and the base. Of each subject its first run tells."""
     if "subject" in options.rows:
         return []
@@ -251,7 +253,7 @@ def _beside(
         if not cells or len(known) < len(firsts):
             continue
         paper = {name: value for name in shows_paper if is_real and (value := paper_of_real_images(firsts, name))}
-        found.append(Row(("",) * len(options.rows), firsts, cells, paper, beside=title))
+        found.append(TableRow(("",) * len(options.rows), firsts, cells, paper, beside=title))
     return found
 
 
@@ -279,7 +281,7 @@ def _real_scores(run: Run) -> SetScores | None:
 # --- What a reader has to know ---------------------------------------------------------------------------------------
 
 
-def _remarks(rows: Sequence[Row], judged: Sequence[str], options: TableOptions, runs: Sequence[Run]) -> list[str]:
+def _remarks(rows: Sequence[TableRow], judged: Sequence[str], options: TableOptions, runs: Sequence[Run]) -> list[str]:
     remarks = [
         _of_best(options, judged[0]) if options.best else "",
         _of_intervals([row for row in rows if not row.beside]),
@@ -300,7 +302,7 @@ def _of_best(options: TableOptions, by: str) -> str:
     )
 
 
-def _of_intervals(rows: Sequence[Row]) -> str:
+def _of_intervals(rows: Sequence[TableRow]) -> str:
     meanings: dict[str, str] = {
         "subjects": "over subjects: which are drawn again (bootstrap)",
         "prompts": "over prompts: drawn again, of these subjects and trained adapters",
@@ -311,7 +313,7 @@ def _of_intervals(rows: Sequence[Row]) -> str:
     return f"[intervals] are of 95%, {'; '.join(meanings[unit] for unit in units)}" if units else ""
 
 
-def _of_subjects(rows: Sequence[Row]) -> str:
+def _of_subjects(rows: Sequence[TableRow]) -> str:
     """Rows that do not rest on the same subjects are not quite comparable."""
     everything = dict.fromkeys(run.subject_name for row in rows for run in row.runs)
     lacking = {
@@ -325,7 +327,7 @@ def _of_subjects(rows: Sequence[Row]) -> str:
     return f"rows of different subjects: {'; '.join(told)}" if told and are_averaged else ""
 
 
-def _of_paper(rows: Sequence[Row], task: str) -> str:
+def _of_paper(rows: Sequence[TableRow], task: str) -> str:
     values = [value for row in rows for value in row.paper.values()]
     if not values:
         return ""
