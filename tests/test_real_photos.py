@@ -5,6 +5,7 @@ import yaml
 from PIL import Image
 
 from etherdiff.config import DreamBoothConfig, GenerateOptions
+from etherdiff.images.reading import read_image
 from etherdiff.run import train_dreambooth
 from etherdiff.tasks.dreambooth import plan_dreambooth
 from etherdiff.use.generate import generate
@@ -24,8 +25,9 @@ def test_every_subject_is_found_with_its_noun(dreambooth_data, tmp_path, subject
     assert plan.subject_prompt == f"a photo of sks {NOUNS[subject]}"
     assert plan.class_prompt == f"a photo of {NOUNS[subject]}"
     files = sorted((dreambooth_data / "dreambooth" / subject).glob("*.jpg"))
-    assert len(plan.images) == len(files)
-    assert all(image.mode == "RGB" and min(image.size) >= 256 for image in plan.images)
+    assert plan.photos.paths == tuple(files)
+    images = [read_image(path) for path in files]
+    assert all(image.mode == "RGB" and min(image.size) >= 256 for image in images)
 
 
 def test_from_the_photos_of_a_dog_to_a_picture(dreambooth_data, tmp_path):

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,35 +138,6 @@ def read_image(path: Path) -> Image.Image:
         raise UnreadableImage(path, _why_undecodable(error)) from error
 
 
-def read_images(
-    paths: Iterable[Path], skip_bad: bool = False, on_skip: Callable[[UnreadableImage], None] | None = None
-) -> list[Image.Image]:
-    """Read all images by `read_image`, in order.
-
-    Args:
-        skip_bad: leave unreadable files out, and call `on_skip` for each, instead of raising.
-
-    Raises:
-        UserError: naming every unreadable file and its reason; or no image is left.
-    """
-    images: list[Image.Image] = []
-    bad: list[UnreadableImage] = []
-    for path in paths:
-        try:
-            images.append(read_image(path))
-        except UnreadableImage as error:
-            bad.append(error)
-    if bad and not skip_bad:
-        count = f"{len(bad)} of {len(bad) + len(images)} images cannot be read"
-        raise UserError([f"{count}: remove them or pass --skip-bad", *map(str, bad)])
-    if not images:
-        raise UserError(["no readable image is left", *map(str, bad)])
-    if on_skip:
-        for skipped in bad:
-            on_skip(skipped)
-    return images
-
-
 def read_photos(paths: Iterable[Path], skip_bad: bool = False) -> Photos:
     """Read all images by `read_image`, one at a time; warn of those that come out nearly black.
 
@@ -178,6 +149,7 @@ def read_photos(paths: Iterable[Path], skip_bad: bool = False) -> Photos:
     """
     found: list[Path] = []
     digests: list[str] = []
+    black: list[Path] = []
     bad: list[UnreadableImage] = []
     total = hashlib.sha256()
     for path in paths:
@@ -187,10 +159,11 @@ def read_photos(paths: Iterable[Path], skip_bad: bool = False) -> Photos:
             bad.append(error)
             continue
         if is_nearly_black(image):
-            warn(f"{path}: is nearly black as it is read; if a viewer shows more, save it anew with 8 bits")
+            black.append(path)
         found.append(path)
-        digests.append(pixels_digest(image))
-        total.update(_content(image))
+        content = _content(image)
+        digests.append(hashlib.sha256(content).hexdigest())
+        total.update(content)
     if bad and not skip_bad:
         count = f"{len(bad)} of {len(bad) + len(found)} images cannot be read"
         raise UserError([f"{count}: remove them or pass --skip-bad", *map(str, bad)])
@@ -198,6 +171,9 @@ def read_photos(paths: Iterable[Path], skip_bad: bool = False) -> Photos:
         raise UserError(["no readable image is left", *map(str, bad)])
     for skipped in bad:
         warn(f"left out: {skipped}")
+    if black:
+        more = f", and {len(black) - 1} more are" if len(black) > 1 else " is"
+        warn(f"{black[0]}{more} nearly black as read here; if a viewer shows more, save what it shows with 8 bits")
     return Photos(tuple(found), tuple(digests), total.hexdigest())
 
 

@@ -58,7 +58,7 @@ class Problems:
 
         problems = Problems()
         base = problems.attempt(find_base, config.base)
-        images = problems.then(base, read_images)  # not attempted where the base was not found
+        images = problems.then(base, read_photos)  # not attempted where the base was not found
         found_base, found_images = problems.settle(base, images)
 
     A sentence is noted once, with the names of those it concerns (see `of`).

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from etherdiff.families.sampling import PAPER_SAMPLING, sample, slug
 from etherdiff.families.sd1 import Base, StableDiffusion, encode_prompts, load_tokenizer, make_pipeline
 from etherdiff.images.crops import resize_and_crop, to_array
 from etherdiff.images.png import save_png
-from etherdiff.images.reading import UnreadableImage, read_image, read_images
+from etherdiff.images.reading import Photos, read_image, read_photos
 from etherdiff.runs.folder import RunFolder
 from etherdiff.system.errors import Problems
 from etherdiff.system.files import digest, remove_temporary
@@ -29,7 +28,7 @@ from etherdiff.system.terminal import track, warn
 from etherdiff.tasks.planning import TrainPlan, absolute, check_common, check_subject
 from etherdiff.tasks.samples import Sampler, Shot
 from etherdiff.tasks.subject_sets import find_subject_sets
-from etherdiff.tasks.subjects import Subject, photo_of, pixels_digest
+from etherdiff.tasks.subjects import Subject, photo_of, warn_of_copies, warn_of_left_out
 from etherdiff.tasks.task import DenoisingLoss, LiveScorer, Trainee, Training
 from etherdiff.train.batches import CLASS_DRAWS, Item, Source, StepBatches
 from etherdiff.train.loop import Batch
@@ -49,7 +48,8 @@ class DreamBoothPlan(TrainPlan):
 
     config: DreamBoothConfig
     subject: Subject
-    images: list[Image.Image]
+    photos: Photos
+    """The subject's images that can be read."""
 
     @property
     def subject_prompt(self) -> str:
@@ -61,20 +61,15 @@ class DreamBoothPlan(TrainPlan):
         """Prompt of the class images."""
         return photo_of(str(self.config.class_noun))
 
-    @cached_property
-    def images_digest(self) -> str:
-        """Digest of what the subject's images show, whatever their files are called."""
-        return pixels_digest(self.images)
-
 
 def plan_dreambooth(config: DreamBoothConfig, resuming: bool = False) -> DreamBoothPlan:
     """Check the whole configuration against the machine, the base and the images. UserError with everything that is wrong."""
     problems = Problems()
     common = check_common(config, problems, f"{Path(config.subject).name}-{config.method}", resuming)
     subject, noun = check_subject(config, problems, common)
-    images = problems.then(subject, lambda found: read_images(found.images, config.skip_bad, _warn_of_skipped))
+    photos = problems.then(subject, lambda found: read_photos(found.images, config.skip_bad))
     base, options, resolution = problems.settle(common.base, common.options, common.resolution)
-    found_subject, found_images, class_noun = problems.settle(subject, images, noun)
+    found_subject, found_photos, class_noun = problems.settle(subject, photos, noun)
     resolved = config.model_copy(
         update=common.filled_in(config, options, resolution)
         | {
@@ -85,11 +80,9 @@ def plan_dreambooth(config: DreamBoothConfig, resuming: bool = False) -> DreamBo
         }
     )
     _warn_about_tokens(base, config.identifier)
-    return DreamBoothPlan(resolved, base, options, common.output, resolution, found_subject, found_images)
-
-
-def _warn_of_skipped(bad: UnreadableImage) -> None:
-    warn(f"left out: {bad}")
+    warn_of_left_out(found_subject)
+    warn_of_copies(found_subject, found_photos)
+    return DreamBoothPlan(resolved, base, options, common.output, resolution, found_subject, found_photos)
 
 
 def _warn_about_tokens(base: Base, identifier: str) -> None:
@@ -110,10 +103,10 @@ def prepare_data(plan: DreamBoothPlan, model: StableDiffusion, hashes: dict[str,
     class_images = make_class_images(plan, model, hashes, accelerator) if config.prior_preservation else []
     with accelerator.main_process_first():  # the others find it in the cache
         model.vae.to(device)
-        moments = image_moments(plan.images, config, plan.resolution, model, hashes, "the subject's images", plan.images_digest)
+        moments = image_moments(plan.photos, config, plan.resolution, model, hashes, "the subject's images")
         square = config.model_copy(update={"crop": "center"})  # class images are square: there is one crop
-        pictures = [read_image(path) for path in class_images]
-        of_class = image_moments(pictures, square, plan.resolution, model, hashes, "class images") if pictures else None
+        drawn = read_photos(class_images) if class_images else None
+        of_class = image_moments(drawn, square, plan.resolution, model, hashes, "class images") if drawn else None
     model.text_encoder.to(device)
     text = encode_prompts(model.tokenizer, model.text_encoder, [plan.subject_prompt, plan.class_prompt, ""]).float().cpu()
     timesteps = int(model.noise_scheduler.config.num_train_timesteps)
@@ -184,27 +177,22 @@ def _is_whole(path: Path) -> bool:
 
 
 def image_moments(
-    images: Sequence[Image.Image],
-    config: DreamBoothConfig,
-    resolution: int,
-    model: StableDiffusion,
-    hashes: dict[str, str],
-    what: str,
-    shown: str | None = None,
+    photos: Photos, config: DreamBoothConfig, resolution: int, model: StableDiffusion, hashes: dict[str, str], what: str
 ) -> Moments:
-    """Return the images' latent moments. shown: the digest of their pixels, where it is known."""
+    """Return the photos' latent moments."""
     key = {
         "vae": hashes.get("vae") or hashes["single_file"],
-        "images": shown or pixels_digest(images),
+        "images": photos.digest,
         "resolution": resolution,
         "random_crops": [config.crops_per_image, config.seed] if config.crop == "random" else None,
         "flip": config.flip,
     }
 
     def read(index: int) -> NDArray[np.float32]:
-        return np.stack([to_array(window) for window in crop_windows(images[index], index, config, resolution)])
+        windows = crop_windows(read_image(photos.paths[index]), index, config, resolution)
+        return np.stack([to_array(window) for window in windows])
 
-    return stored_moments(model.vae, len(images), read, key, f"encoding {what}", 1 + config.flip)
+    return stored_moments(model.vae, len(photos.paths), read, key, f"encoding {what}", 1 + config.flip)
 
 
 def crop_windows(image: Image.Image, index: int, config: DreamBoothConfig, resolution: int) -> list[Image.Image]:
@@ -244,7 +232,7 @@ class DreamBooth(Training[DreamBoothPlan]):
 
     @property
     def data_digest(self) -> str:
-        return self.plan.images_digest
+        return self.plan.photos.digest
 
     @property
     def data_name(self) -> str:
@@ -253,7 +241,7 @@ class DreamBooth(Training[DreamBoothPlan]):
     def describe_data(self) -> str:
         plan = self.plan
         count = f", {plan.config.class_images} class images {plan.class_prompt!r}" if plan.config.prior_preservation else ""
-        return f"{len(plan.images)} images of {plan.subject_prompt!r} at {plan.resolution} px{count}"
+        return f"{len(plan.photos.paths)} images of {plan.subject_prompt!r} at {plan.resolution} px{count}"
 
     def images_per_pass(self) -> int:
         return self.plan.config.batch_size * (2 if self.plan.config.prior_preservation else 1)

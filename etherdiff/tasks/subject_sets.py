@@ -14,13 +14,13 @@ from etherdiff.config import DreamBoothConfig, SubjectConfig, SubjectEvalOptions
 from etherdiff.families.bases import find_base
 from etherdiff.families.sampling import PAPER_SAMPLING, chunks, sample, slug
 from etherdiff.families.sd1 import Base, load_base, make_pipeline
-from etherdiff.images.reading import read_images
+from etherdiff.images.reading import read_photos
 from etherdiff.runs.run import Run
 from etherdiff.runs.weights import refuse_other_base
 from etherdiff.system.errors import Problems, UserError
 from etherdiff.system.terminal import warn
 from etherdiff.tasks.image_sets import IMAGES, Draw, ImageSet, ImageSets, Picture, Trained, find_trained
-from etherdiff.tasks.subjects import Subject, find_subject, make_prompts, pixels_digest, prompts_for, read_prompts
+from etherdiff.tasks.subjects import Subject, find_subject, make_prompts, prompts_for, read_prompts, warn_of_copies
 
 BASE_IMAGES = "base_images"
 """Folder of the base's images, drawn from the same prompts without the identifier."""
@@ -130,8 +130,10 @@ def refuse_other_images(run: Run, config: SubjectConfig, subject: Subject) -> No
     recorded = run.provenance.images
     if recorded is None or not isinstance(config, DreamBoothConfig):
         return
-    if pixels_digest(read_images(subject.images, config.skip_bad)) != recorded:
+    photos = read_photos(subject.images, config.skip_bad)
+    if photos.digest != recorded:
         raise UserError(f"{run.path} was trained on other images than {config.subject} holds now: put them back")
+    warn_of_copies(subject, photos)
 
 
 def find_texts(config: SubjectConfig, options: SubjectEvalOptions) -> Sequence[str]:

@@ -1,20 +1,27 @@
 """The subjects to learn: DreamBooth's 30 with their class nouns and prompts, the tiny world's, and any folder of images."""
 
+import contextlib
 import difflib
-import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL.Image import Image
-
-from etherdiff.images.reading import IMAGE_SUFFIXES, list_images
+from etherdiff.images.reading import (
+    IMAGE_SUFFIXES,
+    Photos,
+    UnreadableImage,
+    describe_files,
+    describe_left_out,
+    list_images,
+    pixels_digest,
+    read_image,
+)
 from etherdiff.system.errors import UserError
 from etherdiff.system.hub import fetch, find_cached
 from etherdiff.system.paths import ASSETS
+from etherdiff.system.terminal import warn
 from etherdiff.system.text import read_user_text
 from etherdiff.tiny.dreambooth import PROMPTS as TINY_PROMPTS
 from etherdiff.tiny.dreambooth import subject_folder
@@ -22,6 +29,12 @@ from etherdiff.tiny.subjects import SUBJECTS as TINY_SUBJECTS
 
 HUB_DATASET = "google/dreambooth"
 """The Hugging Face hub dataset with the 30 subjects, as dataset/NAME/*.jpg."""
+
+HELD_OUT = "held_out"
+"""Folder, in a subject's, of further images that nothing is learned from."""
+
+MAX_NAMED = 5
+"""Files that a message names."""
 
 _DREAMBOOTH = json.loads((ASSETS / "dreambooth.json").read_text(encoding="utf-8"))
 
@@ -106,13 +119,25 @@ def photo_of(what: str) -> str:
     return f"a photo of {what}"
 
 
-def pixels_digest(images: Sequence[Image]) -> str:
-    """Return a digest of what images show, whatever their files are called."""
-    total = hashlib.sha256()
-    for image in images:
-        total.update(repr(image.size).encode())
-        total.update(image.tobytes())
-    return total.hexdigest()
+def warn_of_left_out(subject: Subject) -> None:
+    """Warn of what is in the subject's folder and is not read."""
+    folder = subject.images[0].parent
+    for place, used in ((folder, [HELD_OUT]), (folder / HELD_OUT, [])):
+        if _is_folder(place) and (found := describe_left_out(place, used)):
+            warn(f"left out of {place}: {found}")
+
+
+def warn_of_copies(subject: Subject, photos: Photos) -> None:
+    """Warn of held-out images that are photos to learn from: scores by them reward copying."""
+    shown = {digest: path for path, digest in zip(photos.paths, photos.digests, strict=True)}
+    copies = []
+    for path in subject.held_out:
+        with contextlib.suppress(UnreadableImage):  # what is scored by it says so
+            if original := shown.get(pixels_digest(read_image(path))):
+                copies.append(f"{HELD_OUT}/{path.name} is {original.name}")
+    if copies:
+        named = ", ".join(copies[:MAX_NAMED]) + (", …" if len(copies) > MAX_NAMED else "")
+        warn(f"{len(copies)} of {len(subject.held_out)} held-out images are photos that are trained on ({named}): remove them")
 
 
 def find_subject(subject: str, data_root: Path | None, download: bool = True) -> Subject:
@@ -168,25 +193,19 @@ def _from_folder(folder: Path) -> Subject:
     try:
         images = tuple(list_images(folder))
         if not images:
+            content = describe_files(folder.iterdir()) or "nothing"
+            suffixes = ", ".join(IMAGE_SUFFIXES)
             raise UserError(
-                f"no images in {folder}: it holds {_content(folder)}; images are files that end in "
-                f"{', '.join(IMAGE_SUFFIXES)}, right inside the folder"
+                f"no images in {folder}: it holds {content}; images are files that end in {suffixes}, right inside the folder"
             )
+        held_out = tuple(list_images(folder / HELD_OUT)) if _is_folder(folder / HELD_OUT) else ()
     except OSError as error:
-        raise UserError(f"cannot look into {folder}: {error.strerror or error}") from error
-    held_out = tuple(list_images(folder / "held_out")) if _is_folder(folder / "held_out") else ()
+        raise UserError(f"cannot look into {error.filename}: {error.strerror or error}") from error
     return Subject(name, _class_noun(name), images, held_out)
 
 
 def _class_noun(name: str) -> str | None:
     return TINY_SUBJECTS[name].class_noun if name in TINY_SUBJECTS else SUBJECT_CLASSES.get(name)
-
-
-def _content(folder: Path) -> str:
-    """Say in a few words what a folder holds: "2 .txt files, 1 folder"."""
-    kinds = Counter("folder" if _is_folder(path) else f"{path.suffix} file".strip() for path in folder.iterdir())
-    named = [f"{count} {kind}{'s' * (count > 1)}" for kind, count in sorted(kinds.items())]
-    return ", ".join(named) or "nothing"
 
 
 def _fetch_from_hub(name: str, data_root: Path | None) -> Path:

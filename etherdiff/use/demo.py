@@ -9,7 +9,7 @@ from etherdiff.config import DreamBoothConfig, ExportOptions, MergeOptions, Subj
 from etherdiff.eval.evaluate import evaluate
 from etherdiff.eval.metrics import HELD_OUT
 from etherdiff.families.sampling import sheet, slug
-from etherdiff.images.reading import list_images, read_images
+from etherdiff.images.reading import list_images, read_image
 from etherdiff.images.sheets import contact_sheet
 from etherdiff.runs.folder import RunFolder
 from etherdiff.runs.run import Run
@@ -109,5 +109,5 @@ def before_after(run: Path, photos: Path) -> Image.Image:
 
 
 def _enlarged(folder: Path) -> Sequence[Image.Image]:
-    images = read_images(list_images(folder))
+    images = [read_image(path) for path in list_images(folder)]
     return [image.resize((ENLARGED * image.width, ENLARGED * image.height), Image.Resampling.NEAREST) for image in images]

@@ -1,5 +1,8 @@
 """DreamBooth's batches: what is in them, how they are drawn, and that processes and micro-batches only share them out."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from etherdiff.config import DreamBoothConfig
 from etherdiff.families.bases import find_base
 from etherdiff.families.sd1 import encode_prompts, load_base
 from etherdiff.images.crops import resize_and_crop
+from etherdiff.images.reading import read_photos
 from etherdiff.tasks.dreambooth import crop_windows, image_moments, make_batches
 from etherdiff.tasks.task import DenoisingLoss
 from etherdiff.train import store
@@ -198,7 +202,11 @@ def encoded(vae, image: Image.Image):
 
 
 def moments_of(model, hashes, pictures, config) -> Moments:
-    return image_moments(pictures, config, config.resolution, model, hashes, "test")
+    with TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{number}.png" for number in range(len(pictures))]
+        for path, picture in zip(paths, pictures, strict=True):
+            picture.save(path)
+        return image_moments(read_photos(paths), config, config.resolution, model, hashes, "test")
 
 
 def assert_view(found: Moments, view, vae, image: Image.Image) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from subject_photos import draw_subject
 
 from etherdiff.adapters.methods import METHODS
@@ -59,7 +60,7 @@ def test_a_plan_has_every_default_filled_in(subject):
     assert (plan.config.blocks, plan.config.rank) == (1, None)
     assert plan.config.resolution == plan.resolution == 64
     assert (plan.subject_prompt, plan.class_prompt) == ("a photo of sks ball", "a photo of ball")
-    assert len(plan.images) == 5
+    assert len(plan.photos.paths) == 5
     assert plan_dreambooth(plan.config) == plan  # planning again changes nothing
 
 
@@ -116,11 +117,51 @@ def test_bad_images_are_all_listed(subject):
     assert len(found) == 4
 
 
+def test_what_is_left_out_of_the_folder_is_said_in_one_line(subject):
+    for name in ("a.jxl", "b.DNG", "noext", "00.txt", ".DS_Store", "Thumbs.db", "held_out/c.jp2"):
+        (subject / name).parent.mkdir(exist_ok=True)
+        (subject / name).write_bytes(b"x")
+    draw_subject(subject / "more")
+    told = said(lambda: plan_dreambooth(config(subject, dry_run=True)))
+    assert (
+        f"warning: left out of {subject}: 1 .DNG file, 1 .jxl file, 1 file without suffix, 1 folder with 5 images, "
+        f"1 caption beside images warning: left out of {subject / 'held_out'}: 1 .jp2 file"
+    ) in told
+    assert "left out" not in said(lambda: plan_dreambooth(config("candy_ball")))
+
+
+def test_a_folder_of_folders_says_what_is_in_them(tmp_path):
+    draw_subject(tmp_path / "subject" / "10_sks ball")
+    assert "it holds 1 folder with 5 images;" in problems(tmp_path / "subject")[0]
+
+
+def test_held_out_images_that_are_trained_on_are_named(subject):
+    draw_subject(subject / "held_out")
+    held_out = subject / "held_out"
+    (held_out / "00.png").unlink()
+    with Image.open(held_out / "01.png") as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(held_out / "01.png")
+    with Image.open(held_out / "02.png") as image:
+        image.save(held_out / "2.webp", lossless=True)  # the same pixels in other bytes
+    (held_out / "02.png").write_bytes(b"x")  # whatever else is wrong with it, it is no copy
+    told = said(lambda: plan_dreambooth(config(subject)))
+    assert (
+        "3 of 5 held-out images are photos that are trained on "
+        "(held_out/2.webp is 02.png, held_out/03.png is 03.png, held_out/04.png is 04.png): remove them"
+    ) in told
+    assert "held-out" not in said(lambda: plan_dreambooth(config("candy_ball")))
+
+
+def test_photos_that_come_out_nearly_black_are_named(subject):
+    Image.new("RGB", (64, 64), (9, 9, 9)).save(subject / "dark.png")
+    assert f"{subject / 'dark.png'} is nearly black" in said(lambda: plan_dreambooth(config(subject)))
+
+
 def test_skip_bad_leaves_them_out_and_says_so(subject):
     (subject / "torn.png").write_bytes((subject / "00.png").read_bytes()[:500])
     plans = []
     told = said(lambda: plans.append(plan_dreambooth(config(subject, skip_bad=True))))
-    assert len(plans[0].images) == 5
+    assert len(plans[0].photos.paths) == 5
     assert "torn.png" in told
 
 
