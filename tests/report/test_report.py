@@ -7,9 +7,18 @@ from dataclasses import replace
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
-from report_runs import picture, write_curves, write_evaluation, write_refitted_run, write_run, write_samples
+from report_runs import (
+    picture,
+    score,
+    write_curves,
+    write_evaluation,
+    write_refitted_run,
+    write_run,
+    write_samples,
+)
 from test_markup import HOSTILE, PARTS, Parsed
 
+from etherdiff.config import S2IConfig
 from etherdiff.families.bases import find_base
 from etherdiff.families.sd1 import load_base
 from etherdiff.images.png import save_png
@@ -17,7 +26,7 @@ from etherdiff.report import write_report
 from etherdiff.report.album import Album
 from etherdiff.report.contents import read_contents
 from etherdiff.results.facts import fact
-from etherdiff.runs.folder import RunFolder
+from etherdiff.runs.folder import RunFolder, write_settings
 from etherdiff.runs.run import Run
 from etherdiff.runs.weights import count_trained
 from etherdiff.system.errors import UserError
@@ -285,3 +294,35 @@ def test_a_step_that_was_skipped_is_not_the_one_at_which_a_run_diverged(tmp_path
     text = Parsed(read(run)).text
     assert "1 step skipped" in text
     assert "Training ended at step 3: its loss or its weights became NaN or infinite." in text
+
+
+def test_a_controllable_run_shows_its_sheet_its_classes_and_the_sets_beside(tmp_path):
+    config = S2IConfig(base="tiny", dataset="stripes", method="ether+", steps=7, output=tmp_path / "run")
+    (tmp_path / "run" / "eval").mkdir(parents=True)
+    write_settings(RunFolder(tmp_path / "run"), "s2i", config, {})
+    picture(1, side=300).save(tmp_path / "run" / "eval" / "sheet.png")
+    miou = score(0.5, n=8, over="images")
+    result = {
+        "scores": {"miou": miou},
+        "per_class": [
+            {"name": "<sky>", "iou": 0.75, "accuracy": 0.8, "pixels_wanted": 1200},
+            {"name": "sea", "iou": None, "accuracy": None, "pixels_wanted": 0},
+        ],
+        "beside": {"shuffled_images": {"scores": {"miou": miou | {"mean": 0.1, "low": 0.05, "high": 0.2}}}},
+        "left_out": {"no_face": [{"pair": "7"}]},
+        "run": {"checkpoint": "last", "step": 7},
+    }
+    (tmp_path / "run" / "eval" / "metrics.json").write_text(json.dumps(result))
+    page = read(tmp_path / "run")
+    assert re.findall(r"<h2>(.*?)</h2>", page) == [
+        "Control and image",
+        "Scores",
+        "Class by class",
+        "Drift from the base",
+        "Settings",
+    ]
+    text = Parsed(page).text
+    for told in ("ether+ on stripes", "ether+0.5000.469 … 0.528", "with another's control0.1000.050 … 0.200", "sea––0"):
+        assert told in text
+    assert "<sky>0.7500.8001,200" in text
+    assert "images in which no face is found10which" in text
