@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,29 @@ from typing import Any
 from etherdiff.config import (
     SWEEP_OWN_KEYS,
     TASK_CONFIGS,
+    ControlEvalOptions,
     DreamBoothConfig,
+    EvalOptions,
     PerturbConfig,
     RunConfig,
     S2IConfig,
+    SubjectEvalOptions,
     TrainConfig,
     load_run_config,
 )
+from etherdiff.control.datasets import ControlDataset
 from etherdiff.eval.best import find_scorer
+from etherdiff.eval.functional import fid_problem
+from etherdiff.eval.judges import asked_metrics, find_networks, option_problems
 from etherdiff.runs.folder import RunFolder, write_settings
-from etherdiff.sweeps.judging import ScoringCheck
 from etherdiff.sweeps.runs import SweepRun, Unit
 from etherdiff.sweeps.spec import PREVIOUS, Sweep, Variant
 from etherdiff.system.errors import Problems, UserError
 from etherdiff.system.terminal import console
 from etherdiff.tasks import plan_training
+from etherdiff.tasks.control_sets import choose_pairs
 from etherdiff.tasks.perturb import plan_perturbation
+from etherdiff.tasks.subject_sets import find_texts
 
 
 def plan_units(sweep: Sweep, output: Path, for_now: bool = True) -> list[Unit]:
@@ -34,7 +42,7 @@ def plan_units(sweep: Sweep, output: Path, for_now: bool = True) -> list[Unit]:
 
     output: the sweep's folder, absolute. for_now: whether the runs are to start here, which takes the base's weights.
     """
-    problems, check = Problems(), ScoringCheck(sweep.scoring)
+    problems, check = Problems(), EvalCheck(sweep.scoring)
     units, labels = [], dict[str, str]()
     with _silence():
         for variants in sweep.units:
@@ -55,7 +63,7 @@ def plan_units(sweep: Sweep, output: Path, for_now: bool = True) -> list[Unit]:
 
 
 def _plan(
-    sweep: Sweep, variant: Variant, previous: SweepRun | None, output: Path, check: ScoringCheck, for_now: bool
+    sweep: Sweep, variant: Variant, previous: SweepRun | None, output: Path, check: "EvalCheck", for_now: bool
 ) -> SweepRun:
     config = variant.config.model_copy(update={"output": output / "runs" / variant.label})
     if isinstance(config, TrainConfig):
@@ -126,3 +134,76 @@ def _silence() -> Iterator[None]:
         yield
     finally:
         console.quiet = before
+
+
+# --- Whether runs can be scored --------------------------------------------------------------------------------------
+
+
+class EvalCheck:
+    """Asks before a run is made whether `etherdiff eval` can score it. Networks, the same for many runs, are found once."""
+
+    def __init__(self, options: EvalOptions | None) -> None:
+        """options: None where runs are not scored."""
+        self.options = options
+        self.networks: dict[Hashable, list[str]] = {}
+
+    def __call__(self, config: RunConfig, plan: Any) -> None:
+        """UserError with everything that is wrong with scoring a run of this resolved configuration and plan."""
+        problems = Problems("eval: ")
+        if isinstance(self.options, SubjectEvalOptions):
+            assert isinstance(config, DreamBoothConfig | PerturbConfig)
+            self._check_subject(problems, self.options, config, plan)
+        elif isinstance(self.options, ControlEvalOptions):
+            assert isinstance(config, S2IConfig)
+            self._check_control(problems, self.options, config, plan.dataset)
+        problems.raise_if_any()
+
+    def _check_subject(
+        self, problems: Problems, options: SubjectEvalOptions, config: DreamBoothConfig | PerturbConfig, plan: Any
+    ) -> None:
+        if wrong := option_problems(options):
+            problems.add(*wrong)
+            return
+        problems.add(*checkpoint_problems(options.checkpoint, config))
+        texts = problems.attempt(find_texts, config, options)
+        if texts.value is None:
+            return
+        drawn = len(texts.value) * options.num
+        if "fid" in asked_metrics(options) and isinstance(config, DreamBoothConfig) and len(plan.images) != drawn:
+            problems.add(f"fid: {fid_problem(len(plan.images), drawn, 0)}")
+        problems.add(*self._network_problems(config.base == "tiny", config.base, options))
+
+    def _check_control(
+        self, problems: Problems, options: ControlEvalOptions, config: S2IConfig, dataset: ControlDataset
+    ) -> None:
+        wrong = option_problems(options, dataset.signal.name)
+        problems.add(*wrong)
+        problems.attempt(choose_pairs, dataset, options)
+        if not wrong:
+            key = (config.base == "tiny", dataset.name, config.palette)
+            problems.add(*self._network_problems(key, config.base, options, dataset.signal))
+
+    def _network_problems(self, key: Hashable, *wanted: Any) -> list[str]:
+        if key not in self.networks:
+            problems = Problems()
+            problems.attempt(find_networks, *wanted)
+            self.networks[key] = problems.found
+        return self.networks[key]
+
+
+def checkpoint_problems(name: str, config: DreamBoothConfig | PerturbConfig) -> list[str]:
+    """Why a run of this configuration will have no such checkpoint."""
+    if name == "last":
+        return []
+    if isinstance(config, PerturbConfig):
+        return [f"checkpoint: etherdiff perturb writes only its last, not {name!r}"]
+    if name == "best":
+        wrong = config.eval_scores == "off"
+        return ["checkpoint: there is no best where nothing scores along the way (eval_scores: on)"] if wrong else []
+    number = re.fullmatch(r"step-(\d{1,9})", name)
+    if number is None:
+        return [f"checkpoint: must be last, best or step-N, not {name!r}"]
+    step = int(number[1])
+    if 0 < step <= config.steps and (step % config.checkpoint_every == 0 or step == config.steps):
+        return []
+    return [f"checkpoint: {config.steps} steps with one every {config.checkpoint_every} have no {name}"]
