@@ -739,4 +739,4 @@ def test_another_version_of_what_computes_is_warned_of(copy):
     with Told() as told:
         resume(copy)
     assert "warning: this run began with torch 1.0 (now " in told.text
-    assert run_module.reopen(copy)[2]["versions"]["torch"] == "1.0"  # what it began with stays on record
+    assert run_module.reopen(copy)[0].provenance.content()["versions"]["torch"] == "1.0"  # what it began with stays on record

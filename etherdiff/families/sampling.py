@@ -1,4 +1,4 @@
-"""Pictures: images of prompts and seeds, each a function of its own seed, and the sheets that show them."""
+"""Draw images of prompts and seeds, each a function of its own seed; save them and put them on sheets."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +47,7 @@ def sample(
 
 
 def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
-    """The items in their order, `size` at a time."""
+    """Split the items, in order, into parts of at most `size`."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
@@ -64,12 +64,12 @@ def save_images(images: dict[tuple[str, int], Image.Image], folder: Path, settin
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str]) -> Image.Image:
-    """Rows of images of equal number under labels."""
+    """Draw a contact sheet of rows of images, which have the same length, with labels."""
     flat = [image for row in rows for image in row]
     return contact_sheet(flat, len(rows[0]), list(row_labels), list(column_labels))
 
 
 def slug(text: str, length: int = 40) -> str:
-    """A prompt as part of a file name: letters and digits only, never empty, never a path."""
+    """Return a prompt as part of a file name: ASCII letters and digits only, never empty."""
     words = "".join(c if c.isascii() and c.isalnum() else " " for c in text).split()
     return "-".join(words)[:length].strip("-") or "prompt"

@@ -6,11 +6,11 @@ import psutil
 import torch
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""What each --mixed-precision keeps the frozen model in."""
+"""Data type of the frozen model for each --mixed-precision."""
 
 
 def resolve_device(name: str) -> str:
-    """The device asked for; for `auto` the first of cuda, mps and cpu that torch can use."""
+    """Return the device that is named; for `auto` the first of cuda, mps and cpu that torch can use."""
     if name != "auto":
         return name
     if torch.cuda.is_available():
@@ -19,7 +19,7 @@ def resolve_device(name: str) -> str:
 
 
 def device_problem(name: str) -> str | None:
-    """Why this machine cannot compute there, and what would do."""
+    """Return why this machine cannot compute on a device, and what would work; None if it can."""
     if name == "cuda" and not torch.cuda.is_available():
         return "device: there is no CUDA GPU that torch can use; try --device auto"
     if name == "mps" and not torch.backends.mps.is_available():

@@ -1,4 +1,4 @@
-"""Signals that stop a run: acted on at once, or, where something has to be finished first, remembered."""
+"""Signals that stop a run: handled at once, or remembered while something has to be finished first."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ class _Signals:
 
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """Within, the first of `STOPPING` raises Stopped, and a SIGINT after it ends the process at once. Main thread only."""
+    """Raise Stopped at the first of `STOPPING`; a SIGINT after it ends the process at once. Main thread only."""
     _Signals.received, _Signals.deferring = None, False
     before = {number: signal.signal(number, _handle) for number in STOPPING}
     try:
@@ -31,7 +31,7 @@ def stop_signals() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Within, a signal raises nothing: `received` has to be asked."""
+    """Raise nothing at a signal: ask `received` whether one came."""
     before, _Signals.deferring = _Signals.deferring, True
     try:
         yield
@@ -41,7 +41,7 @@ def deferred() -> Iterator[None]:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """A part of what is `deferred` that may be cut short: a signal, also one that came before, raises Stopped here."""
+    """Raise Stopped in a part of a `deferred` block that may be cut short, also for a signal that came before it."""
     before, _Signals.deferring = _Signals.deferring, False
     try:
         if _Signals.received is not None:
@@ -52,7 +52,7 @@ def at_once() -> Iterator[None]:
 
 
 def received() -> int | None:
-    """The first signal that came, if any."""
+    """Return the first signal that came, if any."""
     return _Signals.received
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while something runs: messages and progress bars on stderr, so that stdout stays for results."""
+"""Terminal output: messages and progress bars on stderr, so that stdout holds results only."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def quiet_libraries() -> None:
-    """Keep diffusers' and transformers' own bars and advice off the screen; their errors still raise."""
+    """Turn off diffusers' and transformers' own progress bars and advice; their errors still raise."""
     import diffusers
     import transformers
 
@@ -23,23 +23,23 @@ def quiet_libraries() -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks for all of a torchrun or accelerate launch."""
+    """Return whether this process writes messages for all processes of a torchrun or accelerate launch."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(message: str, style: str = "") -> None:
-    """A line for the user; once, however many processes run. Brackets in it are only brackets."""
+    """Print a line for the user, once however many processes run. Brackets in it are not markup."""
     if is_main_process():
         console.print(message, style=style, markup=False)
 
 
 def warn(message: str) -> None:
-    """A line about something the user should look at."""
+    """Print a line about something that the user should look at."""
     say(f"warning: {message}", style="yellow")
 
 
 def progress_bar() -> Progress:
-    """A bar with counts, elapsed and remaining time; silent in all processes but the first."""
+    """Return a bar with counts, elapsed and remaining time; it is shown by the first process only."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -54,7 +54,7 @@ def progress_bar() -> Progress:
 
 
 def track(items: Sequence[T], description: str) -> Iterable[T]:
-    """The items, with a progress bar while they are worked on."""
+    """Yield the items, with a progress bar while they are worked on."""
     with progress_bar() as bar:
         task = bar.add_task(description, total=len(items), note="")
         for item in items:
