@@ -257,21 +257,24 @@ def eval_run(run: RunArgument, as_json: JsonOption = False, *, given: Mapping[st
     from etherdiff.runs.run import Run
 
     opened = Run.open(run)
-    model = c.ControlEvalOptions if opened.is_controlled else c.SubjectEvalOptions
-    found = evaluate(opened, _of_task(model, run, given))
+    found = evaluate(opened, _of_task(opened.is_controlled, run, given))
     show_report(run)
     _print(found, as_json, render)
 
 
-def _of_task(model: type[c.EvalOptions], run: Path, given: Mapping[str, Any]) -> Any:
-    """The options that were given. UserError where some are for runs of the other task."""
+def _of_task(is_controlled: bool, run: Path, given: Mapping[str, Any]) -> c.EvalOptions:
+    """The options that were given. UserError where some are for runs of the other task, and not their defaults."""
+    models: list[type[c.EvalOptions]] = [c.SubjectEvalOptions, c.ControlEvalOptions]
+    tasks = ["train-dreambooth", "train-s2i"]
+    model, other = models[is_controlled], models[not is_controlled]
     others = [name for name in given if name not in model.model_fields]
-    flags = [f"--{'no-' if given[name] is False else ''}{name.replace('_', '-')}" for name in others]
-    if others:
-        tasks = ("train-s2i", "train-dreambooth")
-        task, other = tasks if model is c.ControlEvalOptions else tasks[::-1]
-        raise UserError(f"{run} is a run of {task}, and {', '.join(flags)} is for runs of {other}")
-    return c.read_config(model, None, [], dict(given))
+    misplaced = [name for name in others if given[name] != other.model_fields[name].default]
+    flags = [f"--{'no-' if given[name] is False else ''}{name.replace('_', '-')}" for name in misplaced]
+    if flags:
+        raise UserError(
+            f"{run} is a run of {tasks[is_controlled]}, and {', '.join(flags)} is for runs of {tasks[not is_controlled]}"
+        )
+    return c.read_config(model, None, [], {name: value for name, value in given.items() if name not in others})
 
 
 @command("compare", JUDGE, c.CompareOptions)

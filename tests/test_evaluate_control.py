@@ -453,6 +453,7 @@ def command(monkeypatch, *arguments):
 
 def test_the_command_judges_a_run_by_its_task(run, pipeline, monkeypatch, capsys):
     arguments = (run, "--num-maps", 3, "--metrics", "miou", "--device", "cpu", "--shuffle-maps", "--json", "--steps", 2)
+    arguments += ("--checkpoint", "last", "--base")  # the other task's defaults ask for nothing
     assert not command(monkeypatch, *arguments)
     result = json.loads(capsys.readouterr().out)
     assert result["scores"]["miou"]["n"] == 3
