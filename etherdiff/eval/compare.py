@@ -23,7 +23,7 @@ BASE = "the base"
 
 
 @dataclass
-class Column:
+class ComparedRun:
     """One run's scores, or those of the base that all of them share."""
 
     name: str
@@ -35,7 +35,7 @@ class Column:
     """Versions that differ from the first run's."""
 
 
-def compare(runs: Sequence[Path], anyway: bool = False) -> list[Column]:
+def compare(runs: Sequence[Path], anyway: bool = False) -> list[ComparedRun]:
     """A column per run, each held against the first, and one of the base where all were judged beside the same.
 
     Raises:
@@ -52,7 +52,7 @@ def compare(runs: Sequence[Path], anyway: bool = False) -> list[Column]:
     if problems:
         raise UserError(problems)
     names = _names(runs)
-    columns = [Column(names[run], _facts(result), result.scores) for run, result in results.items()]
+    columns = [ComparedRun(names[run], _facts(result), result.scores) for run, result in results.items()]
     for column in columns[1:]:
         _hold_against(columns[0], column)
     wrong = [f"{column.name} was not scored as {columns[0].name} was: {text}" for column in columns for text in told(column)]
@@ -62,7 +62,7 @@ def compare(runs: Sequence[Path], anyway: bool = False) -> list[Column]:
     return [base, *columns] if base else columns
 
 
-def told(column: Column) -> list[str]:
+def told(column: ComparedRun) -> list[str]:
     """What differs, a sentence for each kind of difference, with the scores that it concerns."""
     scores: dict[str, list[str]] = {}
     for score, found in column.differs.items():
@@ -71,12 +71,12 @@ def told(column: Column) -> list[str]:
     return [f"{difference} ({', '.join(names)})" for difference, names in scores.items()]
 
 
-def row_names(columns: Sequence[Column]) -> list[str]:
+def row_names(columns: Sequence[ComparedRun]) -> list[str]:
     """Every score that one of them has."""
     return list(dict.fromkeys(name for column in columns for name in column.scores))
 
 
-def cell(column: Column, score: str) -> str:
+def cell(column: ComparedRun, score: str) -> str:
     """Mean and interval, marked with * where it was computed otherwise; empty where there is no such score."""
     one = column.scores.get(score)
     if one is None:
@@ -85,7 +85,7 @@ def cell(column: Column, score: str) -> str:
     return f"{one.mean:.4f}{mark} {interval_text(one.low, one.high)}"
 
 
-def as_table(columns: Sequence[Column]) -> Group:
+def as_table(columns: Sequence[ComparedRun]) -> Group:
     """For a terminal."""
     table = Table()
     table.add_column("")
@@ -99,7 +99,7 @@ def as_table(columns: Sequence[Column]) -> Group:
     return Group(table, *remarks(columns))
 
 
-def as_markdown(columns: Sequence[Column]) -> str:
+def as_markdown(columns: Sequence[ComparedRun]) -> str:
     """A table for a README or an issue."""
     rows = [["", *(column.name for column in columns)], ["---", *["---:"] * len(columns)]]
     rows += [
@@ -110,7 +110,7 @@ def as_markdown(columns: Sequence[Column]) -> str:
     return "\n".join([*lines, "", *(f"- {_escaped(remark)}" for remark in remarks(columns))]).rstrip()
 
 
-def as_json(columns: Sequence[Column]) -> dict[str, Any]:
+def as_json(columns: Sequence[ComparedRun]) -> dict[str, Any]:
     """Everything, for programs."""
     kept = ("mean", "low", "high", "n")
     return {
@@ -124,7 +124,7 @@ def as_json(columns: Sequence[Column]) -> dict[str, Any]:
     }
 
 
-def remarks(columns: Sequence[Column]) -> list[str]:
+def remarks(columns: Sequence[ComparedRun]) -> list[str]:
     """What a reader of the table has to know."""
     lines = [f"* {column.name} was computed otherwise: {text}" for column in columns for text in told(column)]
     versions = [
@@ -143,12 +143,12 @@ def _facts(result: EvalResult) -> dict[str, Any]:
     return {fact: value for fact in FACTS if (value := getattr(result.run, fact)) is not None}
 
 
-def _told_facts(columns: Sequence[Column]) -> list[str]:
+def _told_facts(columns: Sequence[ComparedRun]) -> list[str]:
     """Those that any of them has: a subject's run has no dataset, and a controllable one no subject."""
     return [fact for fact in FACTS if any(fact in column.facts for column in columns)]
 
 
-def _hold_against(first: Column, column: Column) -> None:
+def _hold_against(first: ComparedRun, column: ComparedRun) -> None:
     for score in (name for name in first.scores if name in column.scores):
         one, other = first.scores[score], column.scores[score]
         if found := score_differences(one, other):
@@ -157,14 +157,14 @@ def _hold_against(first: Column, column: Column) -> None:
         column.rounding += [text for text in texts if text not in column.rounding]
 
 
-def _shared_base(results: Sequence[EvalResult]) -> Column | None:
+def _shared_base(results: Sequence[EvalResult]) -> ComparedRun | None:
     """The base's scores, where every run has the same."""
     bases = [result.base for result in results if result.base]
     means = [{name: one.mean for name, one in base.scores.items()} for base in bases]
     if len(bases) < len(results) or any(mean != means[0] for mean in means):
         return None
     run = results[0].run
-    return Column(BASE, {"subject": run.subject, "base_model": run.base_model}, bases[0].scores)
+    return ComparedRun(BASE, {"subject": run.subject, "base_model": run.base_model}, bases[0].scores)
 
 
 def _escaped(text: str) -> str:

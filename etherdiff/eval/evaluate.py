@@ -93,7 +93,7 @@ def plan_evaluation(run: Run, options: EvalOptions) -> EvalPlan:
     """Check the run, its data, the options and the networks. Raises one UserError with everything."""
     task = find_task(run.task)
     if isinstance(options, ControlEvalOptions) != run.is_controlled:
-        raise UserError(f"{run.path} is a run of {task.command}: these options are for another task")
+        raise UserError(f"{run.path} is a {run.task} run: these options are for another task")
     problems = Problems()
     sets: Answer[ImageSets] = problems.attempt(task.image_sets, run, options)
     signal = sets.value.dataset.signal if isinstance(sets.value, ControlImageSets) else None

@@ -23,8 +23,8 @@ from etherdiff.eval.networks import (
     Backbone,
     Identity,
     ImageTextBackbone,
+    NetworkSource,
     Pixels,
-    Source,
     find_source,
     hash_files,
     stacked,
@@ -46,7 +46,7 @@ class FolderNetwork:
     load: Callable[..., Any]
     feature: str
 
-    def __init__(self, source: Source, device: str) -> None:
+    def __init__(self, source: NetworkSource, device: str) -> None:
         if not source.weight_files:
             raise UserError(f"{source.name}: no weights (*.safetensors or pytorch_model*.bin) in its folder")
         self.source, self.device = source, device
@@ -150,7 +150,7 @@ class ResNetLayers(FolderNetwork, Backbone):
         return unit_channels(self.model.resnet(batch, output_hidden_states=True).hidden_states)
 
 
-def load_from_folder(role: str, source: Source, device: str) -> Backbone:
+def load_from_folder(role: str, source: NetworkSource, device: str) -> Backbone:
     """The network in a transformers folder, for what it is to be used.
 
     Raises:
@@ -167,7 +167,7 @@ def load_from_folder(role: str, source: Source, device: str) -> Backbone:
     raise UserError(f"{source.name} is a {kind} model, but {role} needs {needed[role]}")
 
 
-def _read_config(source: Source) -> Any:
+def _read_config(source: NetworkSource) -> Any:
     if not (source.folder / "config.json").is_file():  # transformers 4 guesses a model from the folder's name
         raise UserError(f"{source.name} is no transformers model: it has no config.json")
     try:
@@ -192,7 +192,7 @@ class Segmenter(FolderNetwork):
     largest_batch = 16
     """Images per forward pass; more are split."""
 
-    def __init__(self, source: Source, classes: Sequence[str], device: str) -> None:
+    def __init__(self, source: NetworkSource, classes: Sequence[str], device: str) -> None:
         """classes: the dataset's, in the order of its indices. UserError where the network's are not these."""
         self.classes = len(classes)
         self.skipped = _outputs_before(source, _read_outputs(source), classes)
@@ -232,7 +232,7 @@ def load_segmenter(spec: str, classes: Sequence[str], device: str) -> Segmenter:
     return Segmenter(find_source("segmenter", spec), classes, device)
 
 
-def _read_outputs(source: Source) -> list[str]:
+def _read_outputs(source: NetworkSource) -> list[str]:
     """The names of the network's classes, as its configuration has them; LABEL_0, LABEL_1, … where it has none."""
     config = _read_config(source)
     if type(config) not in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING:
@@ -240,7 +240,7 @@ def _read_outputs(source: Source) -> list[str]:
     return [str(config.id2label[index]) for index in range(config.num_labels)]
 
 
-def _outputs_before(source: Source, outputs: Sequence[str], classes: Sequence[str]) -> int:
+def _outputs_before(source: NetworkSource, outputs: Sequence[str], classes: Sequence[str]) -> int:
     """How many of the network's classes come before the dataset's first, 0 or 1.
 
     `do_reduce_labels` of the image processor says that the network was trained on maps whose 0 ("other") had been taken out,
@@ -267,7 +267,7 @@ def _plain(name: str) -> str:
     return name.partition(",")[0].partition(";")[0].strip().lower()
 
 
-def _reduces_labels(source: Source) -> bool:
+def _reduces_labels(source: NetworkSource) -> bool:
     """What the image processor did to maps in training; `reduce_labels` is the option's name of old."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = source.folder / name

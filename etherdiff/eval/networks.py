@@ -127,7 +127,7 @@ def versions_of(*packages: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Source:
+class NetworkSource:
     """A transformers folder on this machine, and where it came from."""
 
     name: str
@@ -190,7 +190,7 @@ def load_backbone(role: str, spec: str, device: str) -> Backbone:
     return load_from_folder(role, find_source(role, spec), device)
 
 
-def find_source(role: str, spec: str) -> Source:
+def find_source(role: str, spec: str) -> NetworkSource:
     """Find the transformers folder of a tiny network (tiny:NAME), of a local folder, or of a hub id, which is downloaded.
 
     Raises:
@@ -198,15 +198,15 @@ def find_source(role: str, spec: str) -> Source:
     """
     if spec.startswith(TINY):
         name = spec.removeprefix(TINY)
-        return Source(f"etherdiff/tiny-{name}", tiny_part(name))
+        return NetworkSource(f"etherdiff/tiny-{name}", tiny_part(name))
     folder = Path(spec).expanduser()
     if folder.is_dir():
-        return Source(folder.resolve().name, folder)
+        return NetworkSource(folder.resolve().name, folder)
     if ":" in spec or "/" not in spec or spec.startswith((".", "/", "~")):
         raise UserError(f"{spec} is neither a folder here nor a name that {role} knows")
     repo, _, revision = spec.partition("@")
     path = _download(repo, revision or None)
-    return Source(repo, path, path.name if path.parent.name == "snapshots" else revision)
+    return NetworkSource(repo, path, path.name if path.parent.name == "snapshots" else revision)
 
 
 def tiny_part(name: str) -> Path:

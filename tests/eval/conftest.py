@@ -1,9 +1,8 @@
 """Random-weight networks of the classes that the tiny preset has, and images to score."""
 
 import pytest
-import torch
-from eval_toys import CLIP_PREPROCESSOR, SIZE, VIT_PREPROCESSOR, clip_model, draw, save
-from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTModel
+from eval_runs import build_networks
+from eval_toys import draw
 
 from etherdiff.eval.networks import find_backbones
 from etherdiff.eval.scores import PromptImages
@@ -13,14 +12,7 @@ from etherdiff.eval.scores import PromptImages
 def networks(tmp_path_factory):
     """Folders clip, dino and features, as in etherdiff/assets/tiny."""
     root = tmp_path_factory.mktemp("networks")
-    torch.manual_seed(0)
-    save(clip_model(), root / "clip", CLIP_PREPROCESSOR)
-    vit = ViTConfig(
-        image_size=SIZE, patch_size=8, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
-    )
-    save(ViTModel(vit, add_pooling_layer=False), root / "dino", VIT_PREPROCESSOR)
-    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
-    save(ResNetForImageClassification(resnet), root / "features", VIT_PREPROCESSOR)
+    build_networks(root)
     return root
 
 

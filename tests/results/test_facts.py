@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from eval_runs import build_run
+from eval.eval_runs import build_run
 from peft import get_peft_model
 from synthetic_runs import write_curve, write_run
 

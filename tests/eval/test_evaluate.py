@@ -337,7 +337,7 @@ def test_everything_wrong_comes_in_one_message(run, options, tmp_path):
 
 def test_what_is_no_run_or_another_kind_of_run_is_refused(run, options, tmp_path):
     assert "not a run folder" in refused(tmp_path, options())[0]
-    with pytest.raises(UserError, match="is a run of train-dreambooth: these options are for another task"):
+    with pytest.raises(UserError, match="is a dreambooth run: these options are for another task"):
         evaluate(Run.open(run), ControlEvalOptions())
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from eval.eval_toys import VIT_PREPROCESSOR, save
+from eval_toys import VIT_PREPROCESSOR, save
 from PIL import Image
 from rich.console import Console
 from tiny_world.upernet import make_model
@@ -441,7 +441,7 @@ def test_a_real_image_that_cannot_be_read_is_named(run, pipeline, tmp_path):
 def test_what_is_no_controllable_run_is_refused(run, tmp_path):
     assert "not a run folder" in refused(tmp_path, options())
     write_settings(RunFolder(run), "dreambooth", DreamBoothConfig(base="tiny", subject="dog", steps=7), {})
-    assert "is a run of train-dreambooth: these options are for another task" in refused(run, options())
+    assert "is a dreambooth run: these options are for another task" in refused(run, options())
 
 
 def command(monkeypatch, *arguments):
