@@ -95,8 +95,8 @@ class StepScorer:
         texts = [prompt.text for prompt in self.prompts]
         embeddings = encode_prompts(model.tokenizer, model.text_encoder, [*texts, ""])
         self.text, self.empty = embeddings[:-1], embeddings[-1:]
-        self.adapted: nn.Module | None = None
-        """What holds the adapter, once it is there."""
+        self.adapted: nn.Module = model.unet
+        """What saves the adapter; the UNet until the adapter is in place."""
 
     @property
     def dino(self) -> str:
@@ -137,7 +137,6 @@ class StepScorer:
         return found
 
     def _keep_if_best(self, step: int, scores: Mapping[str, float]) -> None:
-        assert self.adapted is not None
         score, before = round(combined(scores), 6), read_best(self.run)
         if before is not None and before["score"] >= score:
             return

@@ -106,12 +106,13 @@ class ControlImageSets(ImageSets):
     def _real_set(self) -> ImageSet:
         images = digest(_hashes(pair.image for pair in self.pairs))
         settings = {"images": images, "seeds": self.seeds, "resolution": self.resolution}
-        return ImageSet(REAL, TITLES[REAL], [self._pictures(REAL)], settings, read=self._read)
+        pictures = self._pictures(REAL)
+        pairs = {picture.place: pair for picture, pair in zip(pictures, self.pairs, strict=True)}
+        return ImageSet(REAL, TITLES[REAL], [pictures], settings, read=lambda picture: self._read(pairs[picture.place]))
 
-    def _read(self, picture: Picture) -> Image.Image:
-        assert picture.pair is not None
+    def _read(self, pair: Pair) -> Image.Image:
         try:
-            return square(picture.pair, self.resolution)
+            return square(pair, self.resolution)
         except UnreadableImage as error:
             raise UserError(str(error)) from error
 

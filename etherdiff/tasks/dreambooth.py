@@ -30,7 +30,7 @@ from etherdiff.tasks.samples import Sampler, Shot
 from etherdiff.tasks.subject_sets import find_subject_sets
 from etherdiff.tasks.subjects import Subject, photo_of, warn_of_copies, warn_of_left_out
 from etherdiff.tasks.task import DenoisingLoss, LiveScorer, Trainee, Training
-from etherdiff.train.batches import CLASS_DRAWS, Item, Source, StepBatches
+from etherdiff.train.batches import CLASS_DRAWS, ImageSource, Item, StepBatches
 from etherdiff.train.loop import Batch
 from etherdiff.train.randomness import Draw, uniform
 from etherdiff.train.recorder import Watcher
@@ -128,10 +128,10 @@ def make_batches(
     def tell_class(items: Sequence[Item]) -> Batch:
         return {"text": torch.stack([class_text] * len(items))}
 
-    subject = Source(moments, tell_subject, weight=1.0)
+    subject = ImageSource(moments, tell_subject, weight=1.0)
     sources = [subject]
     if of_class is not None:
-        sources.append(Source(of_class, tell_class, CLASS_DRAWS, config.prior_weight))
+        sources.append(ImageSource(of_class, tell_class, CLASS_DRAWS, config.prior_weight))
     return StepBatches(config, sources, subject, scaling_factor, timesteps)
 
 
@@ -218,6 +218,7 @@ class DreamBooth(Training[DreamBoothPlan]):
     """Fine-tune on a subject's images."""
 
     name = "dreambooth"
+    command = "train-dreambooth"
     config_class = DreamBoothConfig
     encodes_text = False
     image_sets = staticmethod(find_subject_sets)

@@ -34,6 +34,7 @@ class Perturb(Task[PerturbPlan]):
     """Transform every targeted layer at random."""
 
     name = "perturb"
+    command = "perturb"
     config_class = PerturbConfig
     image_sets = staticmethod(find_subject_sets)
 

@@ -35,7 +35,7 @@ from etherdiff.tasks.control_sets import find_control_sets, square
 from etherdiff.tasks.planning import TrainPlan, absolute, check_common
 from etherdiff.tasks.samples import Sampler, Shot
 from etherdiff.tasks.task import DenoisingLoss, Trainee, Training, save_result
-from etherdiff.train.batches import Item, Source, StepBatches
+from etherdiff.train.batches import ImageSource, Item, StepBatches
 from etherdiff.train.loop import Batch, ParameterGroup
 from etherdiff.train.store import Moments, images_at_once, stored_moments
 
@@ -123,8 +123,10 @@ def prepare_pairs(plan: S2IPlan, model: StableDiffusion, hashes: dict[str, str],
 
     return StepBatches(
         config,
-        [Source(moments, tell_pairs([pair.text for pair in training], lambda item: plan.control(training[item]), encode))],
-        Source(of_watched, tell_pairs([p.text for p in plan.watched], lambda item: plan.control(plan.watched[item]), encode)),
+        [ImageSource(moments, tell_pairs([pair.text for pair in training], lambda item: plan.control(training[item]), encode))],
+        ImageSource(
+            of_watched, tell_pairs([p.text for p in plan.watched], lambda item: plan.control(plan.watched[item]), encode)
+        ),
         float(model.vae.config.scaling_factor),
         int(model.noise_scheduler.config.num_train_timesteps),
     )
@@ -191,6 +193,7 @@ class S2I(Training[S2IPlan]):
     """Fine-tune on images and their control signals."""
 
     name = "s2i"
+    command = "train-s2i"
     config_class = S2IConfig
     encodes_text = True
     image_sets = staticmethod(find_control_sets)

@@ -35,6 +35,8 @@ class Task(ABC, Generic[P]):
 
     name: ClassVar[str]
     """Its name in run.yaml."""
+    command: ClassVar[str]
+    """The command that makes its run folders."""
     config_class: ClassVar[type[RunConfig]]
     plan: P
 
@@ -91,8 +93,8 @@ class Trainee:
 class LiveScorer(Protocol):
     """What scores along the way."""
 
-    adapted: nn.Module | None
-    """What holds the adapter, once it is there."""
+    adapted: nn.Module
+    """What saves the adapter, once it is in place."""
 
     def score_step(self, step: int) -> dict[str, float]:
         """Return the scores of the present weights."""

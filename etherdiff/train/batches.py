@@ -44,7 +44,7 @@ CLASS_DRAWS = Draws(
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageSource:
     """Images that batches are drawn from."""
 
     moments: Moments
@@ -59,7 +59,12 @@ class StepBatches:
     """Batches of latents, noise, timesteps and what the UNet is told."""
 
     def __init__(
-        self, config: TrainConfig, sources: Sequence[Source], validation: Source, scaling_factor: float, timesteps: int
+        self,
+        config: TrainConfig,
+        sources: Sequence[ImageSource],
+        validation: ImageSource,
+        scaling_factor: float,
+        timesteps: int,
     ) -> None:
         """Sources follow each other in a batch, `batch_size` samples of each.
 
@@ -79,7 +84,7 @@ class StepBatches:
         parts = [self._part(source, step, slots, per_step) for source in self.sources]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _part(self, source: Source, step: int, slots: range, per_step: int) -> Batch:
+    def _part(self, source: ImageSource, step: int, slots: range, per_step: int) -> Batch:
         """The samples of one source, with everything that the loss needs."""
         seed, draws = self.config.seed, source.draws
         items = [self.item(source, step, slot, per_step) for slot in slots]
@@ -95,7 +100,7 @@ class StepBatches:
             batch["weights"] = torch.tensor([source.weight] * len(slots)) / len(slots)
         return batch
 
-    def item(self, source: Source, step: int, slot: int, per_step: int) -> Item:
+    def item(self, source: ImageSource, step: int, slot: int, per_step: int) -> Item:
         """Return what a source has in a slot of a step of `per_step` slots."""
         seed, draws = self.config.seed, source.draws
         return Item(
@@ -104,7 +109,7 @@ class StepBatches:
             uniform(seed, Draw.CAPTION_DROPOUT, step, slot) < self.config.caption_dropout,
         )
 
-    def _latents(self, source: Source, item: Item, step: int, slot: int) -> Tensor:
+    def _latents(self, source: ImageSource, item: Item, step: int, slot: int) -> Tensor:
         """A draw from the posterior of one of the image's crops, scaled as the UNet sees it, (C, h, w)."""
         seed, draws = self.config.seed, source.draws
         crop = integer(source.moments.crops, seed, draws.crop, step, slot)

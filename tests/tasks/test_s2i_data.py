@@ -12,7 +12,7 @@ from etherdiff.config import S2IConfig
 from etherdiff.control.pipeline import HintEncoder
 from etherdiff.tasks.s2i import tell_pairs
 from etherdiff.tasks.task import DenoisingLoss
-from etherdiff.train.batches import Source, StepBatches
+from etherdiff.train.batches import ImageSource, StepBatches
 from etherdiff.train.store import Moments
 
 COUNT, SIDE, LATENT = 7, 8, 4
@@ -45,7 +45,7 @@ def make_data(**options):
     texts = ["x" * (number + 1) for number in range(COUNT)]
     flips = 1 + config.flip
     told, told_of_watched = tell_pairs(texts, picture, encode), tell_pairs(texts[:2], picture, encode)
-    pairs, watched = Source(Moments(moments(flips), flips), told), Source(Moments(moments(1)[:2]), told_of_watched)
+    pairs, watched = ImageSource(Moments(moments(flips), flips), told), ImageSource(Moments(moments(1)[:2]), told_of_watched)
     return StepBatches(config, [pairs], watched, scaling_factor=1.0, timesteps=1000)
 
 
