@@ -85,7 +85,8 @@ def check_dataset(
     if not listing.training and not listing.problems:
         listing.report("splits without a pair", "training")
     pairs = {"training": len(listing.training), "evaluation": len(listing.evaluation)}
-    return Report(name, chosen.name, pairs, listing.problems, _long_captions(rows), chosen.shares(counts))
+    notes = _long_captions(rows) | ({"folders of which something is left out": listing.left_out} if listing.left_out else {})
+    return Report(name, chosen.name, pairs, listing.problems, notes, chosen.shares(counts))
 
 
 def render(report: Report) -> Table:

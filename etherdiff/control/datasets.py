@@ -23,7 +23,8 @@ from etherdiff.control.signals.signal import Signal
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import file_hash
 from etherdiff.system.paths import cache_dir
-from etherdiff.system.terminal import progress_bar
+from etherdiff.system.terminal import progress_bar, warn
+from etherdiff.system.words import listed
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -77,6 +78,8 @@ def find_dataset(
         UserError: everything that is wrong with the files by their names; `check.check_dataset` also reads them.
     """
     chosen, listing = list_dataset(name, data_root, signal, palette, captions, resolution)
+    if listing.left_out:
+        warn(f"left out of {name}: {listed(listing.left_out)}")
     silent = [row for _, row in listing.rows() if row.text is None]
     wrong = sentences(listing.problems)
     if silent and not make_captions:

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from PIL import Image, ImageCms, ImageFile, ImageOps, JpegImagePlugin, Unidentif
 
 from etherdiff.system.errors import UserError
 from etherdiff.system.terminal import warn
+from etherdiff.system.words import counted, listed
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif",
@@ -78,42 +79,47 @@ def is_hidden(path: Path) -> bool:
     return path.name.startswith(".") or path.name.casefold() in _SYSTEM_NAMES
 
 
-def describe_left_out(folder: Path, used: Iterable[str] = ()) -> str:
+def describe_left_out(folder: Path, used: Iterable[str] = (), suffixes: Sequence[str] = IMAGE_SUFFIXES) -> str:
     """Say what `list_images` leaves out of a folder: "1 .DNG file, 1 folder with 4 images". Empty if that is nothing.
 
-    used: names of what is used for something else.
+    Args:
+        used: names of what is used for something else.
+        suffixes: of the files that are read, where they are no images.
     """
-    stems = {path.stem for path in list_images(folder)}
-    others = [path for path in folder.iterdir() if path.suffix.lower() not in IMAGE_SUFFIXES or path.is_dir()]
+    stems = {path.stem for path in folder.iterdir() if path.suffix.lower() in suffixes}
+    others = [path for path in folder.iterdir() if path.suffix.lower() not in suffixes or path.is_dir()]
     others = [path for path in others if path.name not in used and not (path.is_dir() and not count_images(path))]
     captions = [path for path in others if path.suffix.lower() in (".txt", ".caption") and path.stem in stems]
-    found = describe_files([path for path in others if path not in captions])
-    if captions:
-        beside = f"{len(captions)} caption{'s' * (len(captions) > 1)} beside images"
-        found = f"{found}, {beside}" if found else beside
-    return found
+    found = [describe_files([path for path in others if path not in captions])]
+    found.append(f"{counted(len(captions), 'caption')} beside images" if captions else "")
+    return ", ".join(filter(None, found))
 
 
 def describe_files(paths: Iterable[Path]) -> str:
     """Count files by suffix, and folders with the images in them: "2 .txt files, 1 folder with 4 images"."""
     seen = [path for path in paths if not is_hidden(path)]
     folders = [path for path in seen if path.is_dir()]
-    kinds = Counter(f"{path.suffix} file" if path.suffix else "file without suffix" for path in seen if path not in folders)
-    named = [f"{count} {kind.replace('file', 'files') if count > 1 else kind}" for kind, count in sorted(kinds.items())]
+    suffixes = Counter(path.suffix for path in seen if path not in folders)
+    named = [counted(count, f"{suffix} file") for suffix, count in sorted(suffixes.items()) if suffix]
+    if count := suffixes[""]:
+        named.append(f"{counted(count, 'file')} without suffix")
     if folders:
         images = sum(map(count_images, folders))
-        inside = f" with {images} image{'s' * (images > 1)}" if images else ""
-        named.append(f"{len(folders)} folder{'s' * (len(folders) > 1)}{inside}")
+        named.append(counted(len(folders), "folder") + (f" with {counted(images, 'image')}" if images else ""))
     return ", ".join(named)
 
 
 def count_images(folder: Path) -> int:
-    """Count the image files (by suffix) in `folder` and below; hidden ones are not counted."""
-    count = 0
+    """Count the image files in `folder` and below."""
+    return sum(1 for _ in walk_images(folder))
+
+
+def walk_images(folder: Path) -> Iterator[Path]:
+    """Yield the image files (by suffix) in `folder` and below; hidden ones are left out."""
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not is_hidden(Path(name))]
-        count += sum(Path(place, name).suffix.lower() in IMAGE_SUFFIXES and not is_hidden(Path(name)) for name in files)
-    return count
+        found = (Path(place, name) for name in files)
+        yield from (path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path))
 
 
 def read_image(path: Path) -> Image.Image:
@@ -172,8 +178,8 @@ def read_photos(paths: Iterable[Path], skip_bad: bool = False) -> Photos:
     for skipped in bad:
         warn(f"left out: {skipped}")
     if black:
-        more = f", and {len(black) - 1} more are" if len(black) > 1 else " is"
-        warn(f"{black[0]}{more} nearly black as read here; if a viewer shows more, save what it shows with 8 bits")
+        names = listed(list(map(str, black)))
+        warn(f"nearly black as read here: {names}. If a viewer shows more, save what it shows with 8 bits")
     return Photos(tuple(found), tuple(digests), total.hexdigest())
 
 

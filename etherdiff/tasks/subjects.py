@@ -23,6 +23,7 @@ from etherdiff.system.hub import fetch, find_cached
 from etherdiff.system.paths import ASSETS
 from etherdiff.system.terminal import warn
 from etherdiff.system.text import read_user_text
+from etherdiff.system.words import listed
 from etherdiff.tiny.dreambooth import PROMPTS as TINY_PROMPTS
 from etherdiff.tiny.dreambooth import subject_folder
 from etherdiff.tiny.subjects import SUBJECTS as TINY_SUBJECTS
@@ -32,9 +33,6 @@ HUB_DATASET = "google/dreambooth"
 
 HELD_OUT = "held_out"
 """Folder, in a subject's, of further images that nothing is learned from."""
-
-MAX_NAMED = 5
-"""Files that a message names."""
 
 _DREAMBOOTH = json.loads((ASSETS / "dreambooth.json").read_text(encoding="utf-8"))
 
@@ -136,8 +134,8 @@ def warn_of_copies(subject: Subject, photos: Photos) -> None:
             if original := shown.get(pixels_digest(read_image(path))):
                 copies.append(f"{HELD_OUT}/{path.name} is {original.name}")
     if copies:
-        named = ", ".join(copies[:MAX_NAMED]) + (", …" if len(copies) > MAX_NAMED else "")
-        warn(f"{len(copies)} of {len(subject.held_out)} held-out images are photos that are trained on ({named}): remove them")
+        count = f"{len(copies)} of {len(subject.held_out)} held-out images"
+        warn(f"{count} are photos that are trained on ({listed(copies)}): remove them")
 
 
 def find_subject(subject: str, data_root: Path | None, download: bool = True) -> Subject:

@@ -1,6 +1,6 @@
 """`etherdiff generate`: images from a run, or from a base with adapters, and the sheet that shows them together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,23 +11,22 @@ from PIL import Image
 
 from etherdiff.adapters.io import load_adapters, read_adapter
 from etherdiff.config import GenerateOptions, S2IConfig
-from etherdiff.control.signals import recorded_signal
+from etherdiff.control.signals import SIGNALS, recorded_signal
 from etherdiff.control.signals.signal import Signal
 from etherdiff.families.bases import Parts, find_base
 from etherdiff.families.sampling import PAPER_SAMPLING, S2I_SAMPLING, chunks, sample, sheet, slug
 from etherdiff.families.sd1 import Base, load_base, make_pipeline
 from etherdiff.images.png import save_png
+from etherdiff.images.reading import IMAGE_SUFFIXES, describe_left_out, is_hidden
 from etherdiff.runs.control import load_hint_encoder, make_s2i_pipeline
 from etherdiff.runs.run import Run
 from etherdiff.system.devices import device_problem, resolve_device
 from etherdiff.system.errors import Answer, Problems, UserError
-from etherdiff.system.terminal import say, track
+from etherdiff.system.terminal import say, track, warn
 from etherdiff.tasks.subjects import read_prompts
 
 MAX_COLUMNS = 8
 """Images in a row of the sheet."""
-NOT_CONTROL = {".jsonl", ".txt", ".md", ".csv"}
-"""Endings of files that lie in a folder of control files without being one."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,11 @@ class Source:
         """Side in pixels: that of a controllable run's training, else the base's."""
         trained = self.run.config.resolution if self.run and isinstance(self.run.config, S2IConfig) else None
         return trained or self.base.resolution
+
+    @cached_property
+    def signal(self) -> Signal:
+        """How a controllable run's control files are read. UserError where run.yaml does not say it."""
+        return recorded_signal(self.run.provenance.control if self.run else {})
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,10 @@ class Drawing:
         """Side of the images in pixels."""
         return self.options.resolution or self.source.resolution
 
-    @cached_property
-    def signal(self) -> Signal:
-        """How the control files are read."""
-        return recorded_signal(self.source.run.provenance.control if self.source.run else {})
-
     def problems(self) -> list[str]:
         """Why the base cannot draw at this size, and what is wrong with the control files."""
         found = self.source.base.resolution_problems(self.resolution)
-        return found + [f"{path}: {problem}" for path in self.controls for problem in self.signal.problems(path)]
+        return found + [f"{path}: {problem}" for path in self.controls for problem in self.source.signal.problems(path)]
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -121,7 +120,7 @@ def generate(options: GenerateOptions) -> Path:
     pipeline, seeds = load_pipeline(drawing), range(options.seed, options.seed + options.num)
     rows, labels = [], []
     for row in track(list(drawing.rows()), "generating"):
-        control = Image.fromarray(drawing.signal.picture(row.control, drawing.resolution)) if row.control else None
+        control = Image.fromarray(drawing.source.signal.picture(row.control, drawing.resolution)) if row.control else None
         images = _draw(pipeline, drawing, row.prompt, control, seeds)
         row.folder.mkdir(parents=True, exist_ok=True)
         for seed, image in zip(seeds, images, strict=True):
@@ -153,7 +152,7 @@ def plan_drawing(options: GenerateOptions) -> Drawing:
     if options.offload and not torch.cuda.is_available():
         problems.add("offload: there is no GPU to offload from")
     source = problems.attempt(_find_source, options)
-    controls = problems.attempt(lambda: control_files(options.control) if options.control else [])
+    controls = problems.attempt(_find_controls, options, source.value)
     if source.value:
         problems.check(Drawing(source.value, options, prompts, controls.value or []).problems)
     return Drawing(*problems.settle(source, Answer(options), Answer(prompts), controls))
@@ -209,11 +208,25 @@ def _draw(pipeline: Any, drawing: Drawing, prompt: str, control: Image.Image | N
     return images
 
 
-def control_files(path: Path) -> list[Path]:
-    """The file, or all control files of the folder. UserError if there is none."""
+def _find_controls(options: GenerateOptions, source: Source | None) -> list[Path]:
+    """The control files that are named; none where there is no control."""
+    if options.control is None:
+        return []
+    if source and source.hint_encoder:
+        return control_files(options.control, source.signal.suffixes)
+    return control_files(options.control, [suffix for signal in SIGNALS.values() for suffix in signal.suffixes])
+
+
+def control_files(path: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
+    """The file, or all files of the folder with these suffixes; what else is there is said. UserError if there is none."""
     if path.is_file():
         return [path]
-    found = [file for file in sorted(path.glob("*")) if file.is_file() and file.suffix.lower() not in NOT_CONTROL]
+    listed = [file for file in sorted(path.glob("*")) if file.suffix.lower() in suffixes and not is_hidden(file)]
+    found = [file for file in listed if file.is_file()]
+    others = describe_left_out(path, suffixes=suffixes) if path.is_dir() else ""
     if not found:
-        raise UserError(f"control: {path} is neither a control file nor a folder of them")
+        content = f"; it holds {others}" if others else ""
+        raise UserError(f"control: {path} is neither a control file nor a folder of them ({', '.join(suffixes)}){content}")
+    if others:
+        warn(f"left out of {path}: {others}")
     return found

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from etherdiff.control import datasets
+from etherdiff.control.check import check_dataset
 from etherdiff.control.datasets import find_dataset, list_dataset
 from etherdiff.control.readers import Row, hub, tiny_world
 from etherdiff.control.readers.hub import unpack
@@ -433,3 +434,36 @@ def test_captions_are_made_only_for_those_that_lack_one(tmp_path, monkeypatch):
     found = find_dataset(str(tmp_path), None, make_captions=True, device="cpu")
     assert asked == ["1.png", "cpu"]
     assert [pair.text for pair in found.training] == ["thing 0", "made", "thing 2"]
+
+
+# --- What is left out -------------------------------------------------------------------------------------------------
+
+
+def test_images_that_no_line_names_are_said(tmp_path, capsys):
+    folder = imagefolder(tmp_path / "mine", 3)
+    find_dataset(str(folder), None, palette="tiny")
+    assert "left out" not in capsys.readouterr().err
+    for name in ("images/more.png", "images/deep/1.png", "images/deep/2.png", "images/._0.png", ".cache/0.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        picture(folder / name)
+    find_dataset(str(folder), None, palette="tiny")
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"left out of {folder}: images: 1 image not named in metadata, images/deep: 2 images not named in metadata" in said
+
+
+def test_what_a_named_dataset_holds_besides_is_said_and_checked(tmp_path, capsys):
+    root = ade20k(tmp_path / "ade20k")
+    picture(root / "images/training/a/abbey/1.png")
+    (root / "images/validation/x.jxl").touch()
+    (root / "annotations/validation/.DS_Store").touch()
+    find_dataset("ade20k", tmp_path)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "left out of ade20k: images/training: 1 folder with 1 image, images/validation: 1 .jxl file" in said
+    notes = check_dataset("ade20k", tmp_path).notes
+    assert notes == {
+        "folders of which something is left out": ["images/training: 1 folder with 1 image", "images/validation: 1 .jxl file"]
+    }
+    root = coco(tmp_path / "coco")
+    picture(root / "train2017/sub/1.png")
+    find_dataset("coco-canny", tmp_path)
+    assert "left out of coco-canny: train2017: 1 folder with 1 image" in " ".join(capsys.readouterr().err.split())

@@ -503,10 +503,10 @@ def test_photos_that_come_out_nearly_black_are_warned_of(tmp_path, capsys):
     dark[1, 0] = 255
     Image.fromarray(dark).save(tmp_path / "stars.png")
     read_photos(list_images(tmp_path))
-    assert f"{tmp_path / 'dark.png'} is nearly black" in capsys.readouterr().err
+    assert f"nearly black as read here: {tmp_path / 'dark.png'}." in capsys.readouterr().err
     Image.new("L", (9, 9), 3).save(tmp_path / "more.png")
     read_photos(list_images(tmp_path))
-    assert f"{tmp_path / 'dark.png'}, and 1 more are nearly black" in capsys.readouterr().err
+    assert f"nearly black as read here: {tmp_path / 'dark.png'}, {tmp_path / 'more.png'}." in capsys.readouterr().err
 
 
 # What is left out

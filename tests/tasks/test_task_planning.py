@@ -154,7 +154,7 @@ def test_held_out_images_that_are_trained_on_are_named(subject):
 
 def test_photos_that_come_out_nearly_black_are_named(subject):
     Image.new("RGB", (64, 64), (9, 9, 9)).save(subject / "dark.png")
-    assert f"{subject / 'dark.png'} is nearly black" in said(lambda: plan_dreambooth(config(subject)))
+    assert f"nearly black as read here: {subject / 'dark.png'}." in said(lambda: plan_dreambooth(config(subject)))
 
 
 def test_skip_bad_leaves_them_out_and_says_so(subject):

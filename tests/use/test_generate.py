@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from etherdiff.config import GenerateOptions
+from etherdiff.control.signals.landmarks import Landmarks
 from etherdiff.families.sampling import sample
 from etherdiff.families.sd1 import make_pipeline
 from etherdiff.system.errors import UserError
@@ -53,6 +54,26 @@ def test_control_files_of_a_folder(tmp_path):
         (tmp_path / name).touch()
     assert [path.name for path in control_files(tmp_path)] == ["a.png", "b.png"]
     assert control_files(tmp_path / "b.png") == [tmp_path / "b.png"]
+
+
+def test_what_systems_hide_in_a_folder_does_not_stop_it_and_what_else_is_there_is_said(tmp_path, capsys):
+    names = ("a.png", "b.JPG", ".DS_Store", "Thumbs.db", "._a.png", "desktop.ini", "p.json", "a.jxl", "a.txt", "more/0.png")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [path.name for path in control_files(tmp_path)] == ["a.png", "b.JPG"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"left out of {tmp_path}: 1 .json file, 1 .jxl file, 1 folder with 1 image, 1 caption beside images" in said
+
+
+def test_control_files_are_those_of_the_signal(tmp_path, capsys):
+    for name in ("a.json", "b.NPY", "a.png"):
+        (tmp_path / name).touch()
+    assert [path.name for path in control_files(tmp_path, Landmarks.suffixes)] == ["a.json", "b.NPY"]
+    assert "1 .png file" in capsys.readouterr().err
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match=r"nor a folder of them \(\.jpg.*it holds 1 \.NPY file, 1 \.json file"):
+        control_files(tmp_path)
 
 
 def test_an_image_is_a_function_of_its_prompt_and_seed(model):

@@ -1,10 +1,14 @@
 """How datasets are laid out on the disk: one file per layout, each of which lists what it finds and what is wrong with it."""
 
+import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from etherdiff.control.captions import read_captions
+from etherdiff.images.reading import describe_left_out, walk_images
+from etherdiff.system.words import counted
 
 MAX_EXAMPLES = 5
 
@@ -27,10 +31,25 @@ class Listing:
     evaluation: list[Row] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=dict)
     """What is wrong, and where: "images without a label map" -> their names."""
+    left_out: list[str] = field(default_factory=list)
+    """What is there and not used, and where: "images/training: 1 folder with 4 images"."""
 
     def report(self, kind: str, where: str) -> None:
         """Note one more case of a kind of problem."""
         self.problems.setdefault(kind, []).append(where)
+
+    def note_left_out(self, root: Path, *folders: str) -> None:
+        """Note what `list_images` leaves out of folders in `root`."""
+        found = {folder: describe_left_out(root / folder) for folder in folders}
+        self.left_out += [f"{folder}: {others}" for folder, others in found.items() if others]
+
+    def note_unnamed(self, root: Path) -> None:
+        """Note the images in a folder and below that no row names."""
+        files = [path for _, row in self.rows() for path in (row.image, row.control) if path is not None]
+        named = {os.path.normpath(path) for path in files}
+        places = Counter(path.parent for path in walk_images(root) if os.path.normpath(path) not in named)
+        for place, count in sorted(places.items()):
+            self.left_out.append(f"{place.relative_to(root)}: {counted(count, 'image')} not named in metadata")
 
     def change(self, row: Callable[[Row], Row]) -> None:
         """Replace every row."""

@@ -37,6 +37,8 @@ def read_ade20k(root: Path, captions: Path | None) -> Listing:
     listing = Listing()
     listing.training = _read_split(root, "training", texts, listing)
     listing.evaluation = _read_split(root, "validation", texts, listing)
+    kinds, splits = ("images", "annotations"), ("training", "validation")
+    listing.note_left_out(root, *(f"{kind}/{split}" for kind in kinds for split in splits))
     return listing
 
 

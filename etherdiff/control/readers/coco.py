@@ -25,6 +25,7 @@ def read_coco(root: Path, captions: Path | None) -> Listing:
     named = merged_captions([captions]) if captions else None
     listing = Listing()
     listing.training, listing.evaluation = (_read_split(root, split, named) for split in SPLITS)
+    listing.note_left_out(root, *SPLITS)
     return listing
 
 

@@ -36,6 +36,7 @@ def read_imagefolder(root: Path) -> Listing:
             f"{root}: there is no {METADATA} in it, nor in train/. Each of its lines is to be like "
             '{"image": "images/1.jpg", "control": "controls/1.png", "text": "a cat on a sofa"}'
         )
+    listing.note_unnamed(root)
     return listing
 
 

@@ -50,6 +50,7 @@ class Landmarks(Signal):
     task_file: Path | None = None
 
     name: ClassVar[str] = "landmarks"
+    suffixes: ClassVar[tuple[str, ...]] = (".json", ".npy")
     suffix: ClassVar[str | None] = ".json"
 
     @classmethod

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from etherdiff.images.crops import crop_window
+from etherdiff.images.reading import IMAGE_SUFFIXES
 from etherdiff.system.errors import UserError
 
 Size = tuple[int, int]
@@ -23,6 +24,8 @@ class Signal(ABC):
 
     name: ClassVar[str]
     has_palette: ClassVar[bool] = False
+    suffixes: ClassVar[tuple[str, ...]] = IMAGE_SUFFIXES
+    """Suffixes, in lower case, of control files."""
     suffix: ClassVar[str | None] = None
     """Suffix of the control files that can be computed from images; None where they cannot."""
 
