@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -226,7 +227,9 @@ def encoded(image, kind="PNG"):
 
 
 def write_parquet(path, rows):
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    import pyarrow as arrow
+    from pyarrow import parquet
+
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(arrow.Table.from_pylist(rows), path)
 
@@ -330,7 +333,6 @@ def coco(root):
 
 
 def test_coco_has_its_first_captions_and_edges_made_once(tmp_path, monkeypatch):
-    cv2 = pytest.importorskip("cv2")
     coco(tmp_path / "coco")
     found = find_dataset("coco-canny", tmp_path, resolution=32)
     assert [pair.text for pair in found.training] == ["train2017 0 take 1", "train2017 1 take 1"]
@@ -343,7 +345,6 @@ def test_coco_has_its_first_captions_and_edges_made_once(tmp_path, monkeypatch):
 
 
 def test_edges_of_another_resolution_are_others(tmp_path):
-    pytest.importorskip("cv2")
     coco(tmp_path / "coco")
     one, other = (find_dataset("coco-canny", tmp_path, resolution=size) for size in (32, 48))
     assert one.training[0].control != other.training[0].control
@@ -365,7 +366,6 @@ def test_coco_with_parts_missing(tmp_path):
 
 
 def test_a_dataset_of_maps_gives_edges_as_well(few_scenes):
-    pytest.importorskip("cv2")
     found = find_dataset("tiny", None, signal="canny", resolution=64)
     assert found.signal.name == "canny"
     assert all("controls-1" in str(pair.control) for pair in found.training)
@@ -391,7 +391,6 @@ def test_images_are_given_the_controls_that_an_annotator_draws(tmp_path, monkeyp
 
 
 def test_edges_of_images_that_cannot_be_read_are_all_named(tmp_path):
-    pytest.importorskip("cv2")
     imagefolder(tmp_path, 4, control={0, 1, 2, 3})
     (tmp_path / "images/1.png").write_bytes(b"")
     (tmp_path / "images/2.png").write_bytes(b"text")

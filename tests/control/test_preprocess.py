@@ -2,6 +2,7 @@
 
 from typing import get_args
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,8 +16,6 @@ from etherdiff.control.signals.canny import edges
 from etherdiff.images.crops import resize_and_crop
 from etherdiff.system.errors import UserError
 from etherdiff.tiny.world import render_scene
-
-cv2 = pytest.importorskip("cv2")
 
 
 def a_photo(size: tuple[int, int]) -> Image.Image:

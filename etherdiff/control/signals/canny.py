@@ -23,13 +23,11 @@ _MAX_GREY = 0.25  # of the pixels: what scaling and JPEG leave around lines is l
 
 
 def edges(image: NDArray[np.uint8], low: float = LOW, high: float = HIGH) -> NDArray[np.bool_]:
-    """Return where an RGB image (H, W, 3) has edges: (H, W). UserError where controlnet-aux or OpenCV cannot be imported."""
+    """Return where an RGB image (H, W, 3) has edges: (H, W). UserError where controlnet-aux cannot be imported."""
     if not any(length % STEP for length in image.shape[:2]):
         return annotate("canny", image, low, high)[..., 0] > 0
-    try:
-        import cv2  # what controlnet-aux calls, after it has scaled the image to a multiple of STEP
-    except ImportError as error:
-        raise UserError("Canny edges need OpenCV: pip install opencv-python-headless") from error
+    import cv2  # what controlnet-aux calls, after it has scaled the image to a multiple of STEP
+
     return np.asarray(cv2.Canny(np.ascontiguousarray(image), low, high)) > 0
 
 
