@@ -9,7 +9,7 @@ from rich.table import Table
 from etherdiff.control.datasets import in_threads, list_dataset
 from etherdiff.control.readers import Listing, Row, sentences
 from etherdiff.control.signals.signal import Signal
-from etherdiff.images.reading import UnreadableImage, read_image
+from etherdiff.images.reading import UnreadableImage, is_nearly_black, read_image
 from etherdiff.system.files import file_hash
 
 TOKENS = 77
@@ -57,6 +57,8 @@ class _Reading:
     """The image's hash."""
     count: Any
     """What `signal.count` found in the control; None where that is not good."""
+    black: bool
+    """Whether the image is nearly black."""
 
 
 def check_dataset(
@@ -85,7 +87,10 @@ def check_dataset(
     if not listing.training and not listing.problems:
         listing.report("splits without a pair", "training")
     pairs = {"training": len(listing.training), "evaluation": len(listing.evaluation)}
-    notes = _long_captions(rows) | ({"folders of which something is left out": listing.left_out} if listing.left_out else {})
+    notes = _long_captions(rows)
+    dark = [f"{split}/{row.name}" for (split, row), reading in zip(rows, readings, strict=True) if reading.black]
+    kinds = {"folders of which something is left out": listing.left_out, "images that are nearly black as read here": dark}
+    notes |= {kind: cases for kind, cases in kinds.items() if cases}
     return Report(name, chosen.name, pairs, listing.problems, notes, chosen.shares(counts))
 
 
@@ -106,9 +111,11 @@ def _read(signal: Signal, split: str, row: Row) -> _Reading:
     where = f"{split}/{row.name}"
     problems: list[tuple[str, str]] = []
     content = size = count = None
+    black = False
     try:
         content = file_hash(row.image)
-        size = read_image(row.image).size
+        image = read_image(row.image)
+        size, black = image.size, is_nearly_black(image)
     except (UnreadableImage, OSError) as error:
         problems.append(("images that cannot be read", f"{where}: {getattr(error, 'why', error)}"))
     if row.control is not None:
@@ -119,7 +126,7 @@ def _read(signal: Signal, split: str, row: Row) -> _Reading:
             if size is not None and other not in (None, size):
                 what = f"{where}: {_text(other)}, image {_text(size)}"
                 problems.append(("controls of another size than their image", what))
-    return _Reading(tuple(problems), content, count)
+    return _Reading(tuple(problems), content, count, black)
 
 
 def _text(size: tuple[int, int]) -> str:

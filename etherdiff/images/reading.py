@@ -7,9 +7,10 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
@@ -17,6 +18,8 @@ from PIL import Image, ImageCms, ImageFile, ImageOps, JpegImagePlugin, Unidentif
 from etherdiff.system.errors import UserError
 from etherdiff.system.terminal import warn
 from etherdiff.system.words import counted, listed
+
+T = TypeVar("T")
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif",
@@ -135,13 +138,40 @@ def read_image(path: Path) -> Image.Image:
     try:
         _refuse_what_is_no_file(path)
         with _strict_pillow():
-            return _read(path)
+            return despite_text(_decode, path)
     except _RefusedError as error:
         raise UnreadableImage(path, str(error)) from error
     except UnidentifiedImageError as error:
         raise UnreadableImage(path, _why_unidentified(path)) from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise UnreadableImage(path, _why_undecodable(error)) from error
+
+
+def despite_text(read: Callable[[Path | io.BytesIO], T], path: Path) -> T:
+    """Read an image file; of a PNG that cannot be read as it is, all but the text, of which Pillow takes a megabyte."""
+    try:
+        return read(path)
+    except (_RefusedError, FileNotFoundError, PermissionError):
+        raise
+    except Exception:  # Pillow's decoders raise nearly anything
+        content = path.read_bytes()
+        pixels = without_text(content)
+        if len(pixels) == len(content):
+            raise
+        return read(io.BytesIO(pixels))
+
+
+def without_text(content: bytes) -> bytes:
+    """Return a PNG file's content without its text; that of any other file as it is."""
+    if not content.startswith(_PNG_SIGNATURE):
+        return content
+    kept, start = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
+    while start < len(content):
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        if content[start + 4 : start + 8] not in _PNG_TEXT:
+            kept.append(content[start:end])
+        start = end
+    return b"".join(kept)
 
 
 def read_photos(paths: Iterable[Path], skip_bad: bool = False) -> Photos:
@@ -241,19 +271,6 @@ def _formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-def _read(path: Path) -> Image.Image:
-    """Decode the file; a PNG that cannot be decoded as it is, without the text in it."""
-    try:
-        return _decode(path)
-    except (_RefusedError, PermissionError):
-        raise
-    except Exception:  # Pillow's decoders raise nearly anything
-        pixels = _without_text(path)
-        if pixels is None:
-            raise
-        return _decode(pixels)
-
-
 def _decode(file: Path | io.BytesIO) -> Image.Image:
     with _open(file) as image:
         image.load()
@@ -285,20 +302,6 @@ def _open_shrunk(file: Path | io.BytesIO, pixels: int) -> Image.Image:
             return image
         image.close()
     raise _RefusedError(f"too large: {pixels:,} pixels, and {limit:,} can be read; scale it down")
-
-
-def _without_text(path: Path) -> io.BytesIO | None:
-    """Return a PNG without its text, of which Pillow takes a megabyte. None if it is no PNG, or there is no text in it."""
-    content = path.read_bytes()
-    if not content.startswith(_PNG_SIGNATURE):
-        return None
-    kept, start = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
-    while start < len(content):
-        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
-        if content[start + 4 : start + 8] not in _PNG_TEXT:
-            kept.append(content[start:end])
-        start = end
-    return io.BytesIO(b"".join(kept)) if sum(map(len, kept)) < len(content) else None
 
 
 def _why_unidentified(path: Path) -> str:

@@ -22,6 +22,7 @@ from etherdiff.system.errors import Problems, RunError, Stopped, UserError
 from etherdiff.system.files import write_text
 from etherdiff.system.locks import LOCK, run_lock
 from etherdiff.system.terminal import say, warn
+from etherdiff.system.text import read_user_text
 
 COPY = "sweep.yaml"
 FORWARDED = ("ETHERDIFF_CACHE", "ETHERDIFF_DATA")
@@ -115,7 +116,7 @@ def dry_run(file: Path, options: SweepOptions) -> list[str]:
 
 def write_files(planned: Planned) -> None:
     """A copy of the file, for reading, and the recipe of every run."""
-    write_text(planned.output / COPY, planned.sweep.path.read_text(encoding="utf-8"))
+    write_text(planned.output / COPY, read_user_text(planned.sweep.path))
     for unit in planned.units:
         for run in unit.runs:
             run.recipe.parent.mkdir(exist_ok=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 
 from etherdiff.control.signals import make_signal, recorded_signal
 from etherdiff.control.signals.canny import Canny, edges
@@ -456,3 +456,16 @@ def test_what_no_signal_can_be_made_of():
         make_signal("sketch")
     with pytest.raises(UserError, match="only segmentation has one"):
         make_signal("canny", palette="tiny")
+
+
+# --- Files with megabytes of text in them -----------------------------------------------------------------------------
+
+
+def test_a_map_with_megabytes_of_text_in_it_is_read(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 3_000_000, zip=True)
+    labels = np.arange(12, dtype=np.uint8).reshape(3, 4) % len(TINY.palette.classes)
+    Image.fromarray(labels).save(tmp_path / "a.png", pnginfo=text)
+    assert TINY.problems(tmp_path / "a.png") == []
+    assert TINY.size(tmp_path / "a.png") == upright_size(tmp_path / "a.png") == (4, 3)
+    np.testing.assert_array_equal(TINY.labels(tmp_path / "a.png"), labels)

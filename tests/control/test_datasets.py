@@ -462,6 +462,9 @@ def test_what_a_named_dataset_holds_besides_is_said_and_checked(tmp_path, capsys
     assert notes == {
         "folders of which something is left out": ["images/training: 1 folder with 1 image", "images/validation: 1 .jxl file"]
     }
+    Image.new("L", (24, 16), 9).save(root / "images/training/ADE_train_1.jpg")
+    notes = check_dataset("ade20k", tmp_path).notes
+    assert notes["images that are nearly black as read here"] == ["training/ADE_train_1"]
     root = coco(tmp_path / "coco")
     picture(root / "train2017/sub/1.png")
     find_dataset("coco-canny", tmp_path)

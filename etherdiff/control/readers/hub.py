@@ -12,6 +12,7 @@ from PIL import Image
 from etherdiff.control.captions import TEXT_KEYS, first_of
 from etherdiff.control.readers import Listing
 from etherdiff.control.readers.imagefolder import METADATA, read_imagefolder
+from etherdiff.images.reading import without_text
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import make_once
 from etherdiff.system.hub import fetch
@@ -92,7 +93,7 @@ def _write_row(row: dict[str, Any], folder: Path, name: str, source: Path) -> st
 
 def _suffix(content: bytes, source: Path) -> str:
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(without_text(content))) as image:
             return {"JPEG": ".jpg"}.get(str(image.format), f".{str(image.format).lower()}")
     except OSError as error:
         raise UserError(f"{source.name} holds an image that cannot be read") from error

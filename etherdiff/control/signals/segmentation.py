@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from etherdiff.control.signals.signal import Signal, crop_labels
+from etherdiff.images.reading import despite_text
 from etherdiff.system.errors import UserError
 from etherdiff.system.paths import ASSETS
 from etherdiff.system.text import read_user_json
@@ -97,6 +99,12 @@ def _from_content(path: Path, content: Any) -> Palette:
     return palette
 
 
+def _stored(file: Path | BytesIO) -> tuple[str, NDArray[Any]]:
+    """Return an image's mode, and its pixels as they are stored."""
+    with Image.open(file, formats=_FORMATS) as image:
+        return image.mode, np.asarray(image)
+
+
 def _is_colour(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(type(part) is int and 0 <= part <= 255 for part in value)
 
@@ -136,8 +144,7 @@ class Segmentation(Signal):
     def read(self, control: Path) -> LabelMap:
         """Return the map at its own size. UserError where there is none to read."""
         try:
-            with Image.open(control, formats=_FORMATS) as image:
-                mode, pixels = image.mode, np.asarray(image)
+            mode, pixels = despite_text(_stored, control)
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
             raise UserError(f"{control}: cannot be read as an image ({str(error) or type(error).__name__})") from error
         if mode in _VALUE_MODES:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from etherdiff.images.crops import crop_window
-from etherdiff.images.reading import IMAGE_SUFFIXES
+from etherdiff.images.reading import IMAGE_SUFFIXES, despite_text
 from etherdiff.system.errors import UserError
 
 Size = tuple[int, int]
@@ -73,8 +74,7 @@ class Signal(ABC):
 
     def size(self, control: Path) -> Size | None:
         """Return the size that must equal the image's; None where none must."""
-        with Image.open(control) as image:
-            return image.size
+        return despite_text(_size, control)
 
     def count(self, control: Path) -> Any:
         """Count in a file what `odd` and `shares` look at."""
@@ -109,8 +109,20 @@ def crop_labels(labels: NDArray[np.uint8], resolution: int) -> NDArray[np.uint8]
     return np.asarray(square)
 
 
+def _size(file: Path | BytesIO) -> Size:
+    with Image.open(file) as image:
+        return image.size
+
+
 def upright_size(path: Path) -> Size:
     """Return the size as a viewer shows the image, from its header only. OSError where it cannot be read."""
-    with Image.open(path) as image:
+    try:
+        return despite_text(_upright_size, path)
+    except (ValueError, Image.DecompressionBombError) as error:
+        raise OSError(str(error)) from error
+
+
+def _upright_size(file: Path | BytesIO) -> Size:
+    with Image.open(file) as image:
         lying = image.getexif().get(_EXIF_ORIENTATION) in _LYING
         return (image.height, image.width) if lying else image.size
