@@ -187,6 +187,15 @@ def test_a_file_may_say_what_is_white(tmp_path):
     np.testing.assert_array_equal(pixels(tmp_path / "x.png")[..., 0], np.rint(ramp / 257))
 
 
+def test_packed_12_bit_grey(tmp_path):
+    tags = [(256, 2), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 3)]
+    strip = bytes([0xFF, 0xF8, 0x00, 0])  # 4095 and 2048
+    entries = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
+    content = b"II*\0" + struct.pack("<I", 12) + strip + struct.pack("<H", len(tags)) + entries + bytes(4)
+    (tmp_path / "x.tif").write_bytes(content)
+    assert pixels(tmp_path / "x.tif")[0, :, 0].tolist() == [255, 128]
+
+
 @pytest.mark.parametrize(("dtype", "white"), [(np.uint16, 65535), (np.float32, 1)])
 def test_greys_of_which_0_is_white(tmp_path, dtype, white):
     shares = np.linspace(0, 1, 256).reshape(8, 32)
