@@ -13,8 +13,8 @@ from etherdiff.eval.best import find_scorer
 from etherdiff.families.sd1 import fingerprint, load_base
 from etherdiff.report import show_report
 from etherdiff.runs.folder import RunFolder, write_settings
+from etherdiff.runs.model import refuse_other_base
 from etherdiff.runs.run import Run
-from etherdiff.runs.weights import refuse_other_base
 from etherdiff.system import signals
 from etherdiff.system.devices import DTYPES
 from etherdiff.system.errors import NotFiniteError, Stopped, UserError

@@ -7,11 +7,10 @@ import torch
 from peft import MissConfig
 from peft.tuners.miss import MissLayer
 
-from etherdiff.adapters.drift import adapter_drift
+from etherdiff.adapters.analysis import adapter_drift, distance_problem
 from etherdiff.adapters.io import load_adapter, lora_factors, merge_adapter, read_adapter, save_adapter
 from etherdiff.adapters.layers import AdapterLayer, from_identity
 from etherdiff.adapters.methods import METHODS, Method, MethodOptions, Style, add_adapter, label_styles, trainable_parameters
-from etherdiff.adapters.perturbation import distance_problem
 from etherdiff.config import InspectOptions
 from etherdiff.families.bases import find_base
 from etherdiff.families.sd1 import load_base

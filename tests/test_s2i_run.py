@@ -20,7 +20,7 @@ from etherdiff.families.sampling import S2I_SAMPLING
 from etherdiff.families.sd1 import encode_prompts, load_base
 from etherdiff.images.png import read_png_settings
 from etherdiff.run import resume, train_s2i
-from etherdiff.runs.control import load_control_run
+from etherdiff.runs.model import load_control_run
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 from etherdiff.tasks.samples import as_tensor

@@ -13,8 +13,8 @@ import yaml
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from etherdiff.adapters.analysis import distance_problem
 from etherdiff.adapters.methods import METHODS, TARGETS, MethodOptions
-from etherdiff.adapters.perturbation import distance_problem
 from etherdiff.config import METHOD_NAMES, DreamBoothConfig, PerturbConfig, S2IConfig, read_config
 from etherdiff.families.bases import find_base
 from etherdiff.sweeps.spec import Sweep, Variant, read_sweep

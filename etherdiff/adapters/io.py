@@ -27,7 +27,7 @@ from etherdiff.adapters.layers import quiet_boft
 from etherdiff.adapters.methods import METHODS, adapter_layers, layer_types, method_of, peft_type_of, tuner_layers
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import save_tensors, staged_folder
-from etherdiff.system.words import listed
+from etherdiff.system.text import listed
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 PICKLE = "adapter_model.bin"

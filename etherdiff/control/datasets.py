@@ -24,7 +24,7 @@ from etherdiff.system.errors import UserError
 from etherdiff.system.files import file_hash
 from etherdiff.system.paths import cache_dir
 from etherdiff.system.terminal import progress_bar, warn
-from etherdiff.system.words import listed
+from etherdiff.system.text import listed
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")

@@ -6,7 +6,7 @@ from typing import Any
 from etherdiff.eval.intervals import DRAWS, MIN_PROMPTS, bootstrap_mean
 from etherdiff.eval.metrics import metric_of
 from etherdiff.eval.scores import interval_fields
-from etherdiff.runs.identity import SUBJECTS_OWN, differences
+from etherdiff.runs.result import SUBJECTS_OWN, differences
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import digest
 

@@ -14,8 +14,7 @@ from rich.console import Group
 from rich.table import Table
 
 from etherdiff.eval.intervals import interval_text
-from etherdiff.runs.identity import score_differences, version_differences
-from etherdiff.runs.result import EvalResult, Score, read_result
+from etherdiff.runs.result import EvalResult, Score, read_result, score_differences, version_differences
 from etherdiff.system.errors import UserError
 
 FACTS = ("subject", "dataset", "method", "base_model", "checkpoint", "step")

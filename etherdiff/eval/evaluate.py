@@ -29,7 +29,7 @@ from etherdiff.eval.networks import versions_of
 from etherdiff.families.sampling import sheet
 from etherdiff.images.png import save_png
 from etherdiff.images.reading import read_image
-from etherdiff.runs.identity import named_differences
+from etherdiff.runs.result import named_differences
 from etherdiff.runs.run import Run
 from etherdiff.system.devices import resolve_device
 from etherdiff.system.errors import Answer, Problems, RunError, UserError

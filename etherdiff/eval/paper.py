@@ -6,7 +6,7 @@ from typing import Any
 from etherdiff.config import PerturbConfig
 from etherdiff.eval.metrics import METRICS
 from etherdiff.families.sampling import PAPER_SAMPLING
-from etherdiff.runs.identity import differences
+from etherdiff.runs.result import differences
 from etherdiff.tasks.control_sets import MAX_MAPS, ControlImageSets
 from etherdiff.tasks.subject_sets import SubjectImageSets
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageCms, ImageFile, ImageOps, JpegImagePlugin, Unidentif
 
 from etherdiff.system.errors import UserError
 from etherdiff.system.terminal import warn
-from etherdiff.system.words import counted, listed
+from etherdiff.system.text import counted, listed
 
 T = TypeVar("T")
 

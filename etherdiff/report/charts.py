@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from etherdiff.system.words import short
+from etherdiff.system.text import short
 
 WIDTH, HEIGHT = 420, 250
 """Units of the drawing: about as many pixels as it has on a phone, so that 12 stays readable there."""

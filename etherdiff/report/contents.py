@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from etherdiff.adapters.drift import LayerDrift
+from etherdiff.adapters.analysis import LayerDrift
 from etherdiff.adapters.io import read_adapter
 from etherdiff.config import RunConfig, SubjectConfig
 from etherdiff.images.png import read_png_settings
 from etherdiff.runs.folder import read_metrics
+from etherdiff.runs.model import count_trained, find_local_base, measure_drift
 from etherdiff.runs.result import Best, Cost, EvalResult, Record, read_record
 from etherdiff.runs.run import Run
-from etherdiff.runs.weights import count_trained, find_local_base, measure_drift
 from etherdiff.system.errors import UserError
 from etherdiff.system.paths import data_root
 from etherdiff.tasks.subjects import find_subject

@@ -10,7 +10,7 @@ from etherdiff.eval.metrics import HELD_OUT, METRICS
 from etherdiff.report.charts import Point, interval_bar
 from etherdiff.report.contents import Contents
 from etherdiff.runs.result import EvalResult, Score, SetScores
-from etherdiff.system.words import counted, score
+from etherdiff.system.text import counted, score
 
 TITLES = {"loss": "training loss", **{name: metric.title for name, metric in METRICS.items()}}
 REASONS = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from etherdiff.system import words
+from etherdiff.system.text import counted, score
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """Nothing is fetched and no script runs, whatever a page may hold."""
@@ -30,7 +30,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     made.globals["policy"] = POLICY
-    made.filters |= {"foreign": foreign, "score": words.score, "counted": words.counted}
+    made.filters |= {"foreign": foreign, "score": score, "counted": counted}
     return made
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from etherdiff import __version__
-from etherdiff.adapters.drift import full_drift
-from etherdiff.adapters.energy import energy_difference
+from etherdiff.adapters.analysis import energy_difference, full_drift
 from etherdiff.adapters.io import FULL, MAGNITUDE, WEIGHTS, read_adapter
 from etherdiff.adapters.methods import TARGETS, MethodOptions
 from etherdiff.config import TrainConfig
@@ -25,8 +24,8 @@ from etherdiff.eval.metrics import HELD_OUT
 from etherdiff.families.bases import find_base
 from etherdiff.report.charts import points
 from etherdiff.runs.folder import manifest_of
+from etherdiff.runs.model import count_trained, measure_drift, merged_weights
 from etherdiff.runs.run import Run
-from etherdiff.runs.weights import count_trained, measure_drift, merged_weights
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import file_hash, write_json
 from etherdiff.tasks.planning import method_options

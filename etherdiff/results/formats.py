@@ -22,7 +22,7 @@ from etherdiff.results.tables import Table, TableRow, described
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import write_text
 from etherdiff.system.terminal import warn
-from etherdiff.system.words import short
+from etherdiff.system.text import short
 
 FORMATS = ("text", "markdown", "csv", "html")
 FORMAT_OF = {".md": "markdown", ".csv": "csv", ".html": "html", ".htm": "html"}

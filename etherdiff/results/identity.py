@@ -7,10 +7,10 @@ but the subjects' own images and prompts, as in `combine_subjects`. Other librar
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from etherdiff.runs.identity import SUBJECTS_OWN, score_differences, version_differences
+from etherdiff.runs.result import SUBJECTS_OWN, score_differences, version_differences
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
-from etherdiff.system.words import listed
+from etherdiff.system.text import listed
 
 
 @dataclass

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from etherdiff.config import SWEEP_OWN_KEYS, EvalOptions
 from etherdiff.runs.folder import RunFolder, is_sealed
-from etherdiff.runs.identity import named_differences
+from etherdiff.runs.result import named_differences
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import write_json

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from etherdiff.adapters.analysis import distance_problem, perturb_adapter
 from etherdiff.adapters.ether import REFLECTION_DISTANCE
 from etherdiff.adapters.io import save_adapter
 from etherdiff.adapters.methods import add_adapter
-from etherdiff.adapters.perturbation import distance_problem, perturb_adapter
 from etherdiff.config import PerturbConfig
 from etherdiff.families.sd1 import fingerprint, load_base
 from etherdiff.runs.folder import RunFolder, write_settings

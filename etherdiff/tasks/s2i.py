@@ -24,8 +24,8 @@ from etherdiff.control.pipeline import HintEncoder
 from etherdiff.families.sampling import S2I_SAMPLING
 from etherdiff.families.sd1 import StableDiffusion, encode_prompts
 from etherdiff.images.crops import to_array
-from etherdiff.runs.control import load_hint_encoder, make_s2i_pipeline, open_control_run, run_dataset
 from etherdiff.runs.folder import RunFolder
+from etherdiff.runs.model import load_hint_encoder, make_s2i_pipeline, open_control_run, run_dataset
 from etherdiff.system.devices import DTYPES
 from etherdiff.system.errors import Problems, UserError
 from etherdiff.system.files import copy_folder, remove_temporary, unchanged_file_hash

@@ -15,8 +15,8 @@ from etherdiff.families.bases import find_base
 from etherdiff.families.sampling import PAPER_SAMPLING, chunks, sample, slug
 from etherdiff.families.sd1 import Base, load_base, make_pipeline
 from etherdiff.images.reading import read_photos
+from etherdiff.runs.model import refuse_other_base
 from etherdiff.runs.run import Run
-from etherdiff.runs.weights import refuse_other_base
 from etherdiff.system.errors import Problems, UserError
 from etherdiff.system.terminal import warn
 from etherdiff.tasks.image_sets import IMAGES, Draw, ImageSet, ImageSets, Picture, Trained, find_trained

@@ -22,8 +22,7 @@ from etherdiff.system.errors import UserError
 from etherdiff.system.hub import fetch, find_cached
 from etherdiff.system.paths import ASSETS
 from etherdiff.system.terminal import warn
-from etherdiff.system.text import read_user_text
-from etherdiff.system.words import listed
+from etherdiff.system.text import listed, read_user_text
 from etherdiff.tiny.dreambooth import PROMPTS as TINY_PROMPTS
 from etherdiff.tiny.dreambooth import subject_folder
 from etherdiff.tiny.subjects import SUBJECTS as TINY_SUBJECTS

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from etherdiff.tiny.colours import RGB, FloatArray, as_array
+from etherdiff.tiny.things import RGB, FloatArray, as_array
 
 SIZE = 64
 """Height and width of a scene, in pixels."""

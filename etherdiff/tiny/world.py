@@ -10,10 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from etherdiff.tiny.captions import full_caption, loose_caption, short_caption
-from etherdiff.tiny.colours import COLOURS, FloatArray
 from etherdiff.tiny.scenery import GROUNDS, SIZE, SKIES, draw_ground, draw_sky, light_under
 from etherdiff.tiny.subjects import SUBJECTS, held_out_combinations
-from etherdiff.tiny.things import KINDS, PATTERNS, Thing, near_twin, sample_thing, thing_colours, thing_distance
+from etherdiff.tiny.things import (
+    COLOURS,
+    KINDS,
+    PATTERNS,
+    FloatArray,
+    Thing,
+    near_twin,
+    sample_thing,
+    thing_colours,
+    thing_distance,
+)
 
 __all__ = [
     "CLASSES",

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from etherdiff.tiny.colours import COLOURS, HSV, HUED
-from etherdiff.tiny.things import Thing
+from etherdiff.tiny.things import COLOURS, HSV, HUED, Thing
 from etherdiff.tiny.world import CLASSES, GROUNDS, SKIES
 
 MIN_PIXELS = 20

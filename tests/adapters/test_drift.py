@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from etherdiff.adapters import EtherConfig
-from etherdiff.adapters.drift import LayerDrift, adapter_drift, full_drift
+from etherdiff.adapters.analysis import LayerDrift, adapter_drift, full_drift
 from etherdiff.adapters.io import load_adapter, merge_adapter, save_adapter
 from etherdiff.adapters.methods import METHODS, MethodOptions, add_adapter, magnitude_config
 

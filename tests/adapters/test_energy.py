@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from etherdiff.adapters import energy
-from etherdiff.adapters.energy import energy_difference, energy_differences, hyperspherical_energy
+from etherdiff.adapters import analysis
+from etherdiff.adapters.analysis import energy_difference, energy_differences, hyperspherical_energy
 from etherdiff.adapters.io import merge_adapter
 from etherdiff.adapters.methods import MethodOptions, add_adapter, trainable_parameters
 
@@ -41,7 +41,7 @@ def test_chunks_change_nothing(half_space, monkeypatch):
     weight = random(37, 6)
     whole = hyperspherical_energy(weight, half_space)
     for pairs in (1, 37, 100, 37 * 36):
-        monkeypatch.setattr(energy, "CHUNK", pairs)
+        monkeypatch.setattr(analysis, "CHUNK", pairs)
         assert hyperspherical_energy(weight, half_space) == pytest.approx(whole, rel=1e-12)
 
 
@@ -59,7 +59,7 @@ def test_by_hand():
 def test_neurons_without_a_direction_or_of_one_direction():
     zero_row = torch.cat([torch.eye(3), torch.zeros(1, 3)])
     assert hyperspherical_energy(zero_row) == pytest.approx(6 / math.sqrt(2))
-    assert hyperspherical_energy(torch.ones(2, 3)) == pytest.approx(2 / energy.NEAREST)
+    assert hyperspherical_energy(torch.ones(2, 3)) == pytest.approx(2 / analysis.NEAREST)
     assert math.isnan(hyperspherical_energy(torch.tensor([[1.0, 0.0], [math.nan, 1.0]])))
     assert hyperspherical_energy(torch.zeros(4, 3)) == 0
 

@@ -12,7 +12,7 @@ from torch import nn
 from etherdiff.control.pipeline import HintEncoder, added_hint
 from etherdiff.families.bases import find_base
 from etherdiff.families.sd1 import load_base
-from etherdiff.runs.control import make_s2i_pipeline
+from etherdiff.runs.model import make_s2i_pipeline
 
 STEPS = 2
 

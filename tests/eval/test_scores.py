@@ -15,7 +15,7 @@ from etherdiff.eval.metrics import METRICS, PROMPT_METRICS
 from etherdiff.eval.networks import find_backbones
 from etherdiff.eval.scores import PromptImages, Scoring, score_images
 from etherdiff.images.reading import read_image
-from etherdiff.runs.identity import differences
+from etherdiff.runs.result import differences
 from etherdiff.system.errors import UserError
 
 SCORES = {"dino", "clip_i", "clip_t", "lpips_to_real", "lpips_diversity"}

@@ -22,7 +22,7 @@ from etherdiff.report.charts import (
     ticks,
 )
 from etherdiff.report.template import parts
-from etherdiff.system.words import counted, duration, listed, score, short, size
+from etherdiff.system.text import counted, duration, listed, score, short, size
 
 PARTS = parts()
 

@@ -27,10 +27,10 @@ from etherdiff.report.album import Album
 from etherdiff.report.contents import read_contents
 from etherdiff.results.facts import fact
 from etherdiff.runs.folder import RunFolder, write_settings
+from etherdiff.runs.model import count_trained
 from etherdiff.runs.run import Run
-from etherdiff.runs.weights import count_trained
 from etherdiff.system.errors import UserError
-from etherdiff.system.words import size
+from etherdiff.system.text import size
 from etherdiff.tasks.subjects import find_subject
 
 TAGS = {

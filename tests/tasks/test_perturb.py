@@ -9,7 +9,7 @@ import torch
 import yaml
 from subject_photos import draw_subject
 
-from etherdiff.adapters.drift import adapter_drift
+from etherdiff.adapters.analysis import adapter_drift
 from etherdiff.adapters.io import load_adapter
 from etherdiff.config import PerturbConfig
 from etherdiff.families.bases import find_base

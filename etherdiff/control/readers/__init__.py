@@ -8,7 +8,7 @@ from pathlib import Path
 
 from etherdiff.control.captions import read_captions
 from etherdiff.images.reading import describe_left_out, walk_images
-from etherdiff.system.words import counted
+from etherdiff.system.text import counted
 
 MAX_EXAMPLES = 5
 
