@@ -150,9 +150,9 @@ def _print(content: Any, as_json: bool, render: Callable[[Any], Any]) -> None:
     if as_json:
         typer.echo(json.dumps(content, indent=2))
         return
-    from rich.console import Console
+    from etherdiff.system.terminal import make_console
 
-    Console().print(render(content))
+    make_console().print(render(content))
 
 
 # --- Train -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -21,7 +21,7 @@ from etherdiff.results.runs import LeftOut
 from etherdiff.results.tables import Table, TableRow, described
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import write_text
-from etherdiff.system.terminal import warn
+from etherdiff.system.terminal import make_console, warn
 from etherdiff.system.text import short
 
 FORMATS = ("text", "markdown", "csv", "html")
@@ -52,7 +52,7 @@ def show(table: Table, written: str, output: Path | None) -> None:
         except OSError as error:
             raise UserError(f"--output {output}: cannot be written ({error.strerror})") from error
     elif written == "text":
-        Console(width=None if sys.stdout.isatty() else WIDTH).print(as_text(table))
+        make_console(width=None if sys.stdout.isatty() else WIDTH).print(as_text(table))
     else:
         sys.stdout.write(text)
     for note in notes(table) if written == "csv" else left_out_notes(table.left_out) if output is not None else ():
@@ -60,7 +60,7 @@ def show(table: Table, written: str, output: Path | None) -> None:
 
 
 def _plain(content: Group) -> str:
-    console = Console(width=WIDTH, file=io.StringIO(), record=True)
+    console = make_console(width=WIDTH, file=io.StringIO(), record=True)
     console.print(content)
     return "\n".join(line.rstrip() for line in console.export_text().splitlines()) + "\n"
 

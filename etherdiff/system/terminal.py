@@ -2,13 +2,20 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
-console = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def make_console(**options: Any) -> Console:
+    """Return a console to which all text is plain: prompts, names and labels hold brackets and colons of their own."""
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+console = make_console(stderr=True, soft_wrap=True)
 
 
 def quiet_libraries() -> None:
@@ -28,9 +35,9 @@ def is_main_process() -> bool:
 
 
 def say(message: str, style: str = "") -> None:
-    """Print a line for the user, once however many processes run. Brackets in it are not markup."""
+    """Print a line for the user, once however many processes run."""
     if is_main_process():
-        console.print(message, style=style, markup=False)
+        console.print(message, style=style)
 
 
 def warn(message: str) -> None:
@@ -47,7 +54,7 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
         disable=not is_main_process(),
     )
