@@ -317,8 +317,7 @@ def table(paths: PathsArgument, options: c.TableOptions) -> None:
 @command("plot", JUDGE, c.PlotOptions)
 def plot(paths: PathsArgument, options: c.PlotOptions) -> None:
     """Scores, drift or cost of many runs as a figure: lines with error bars over a setting, or over the steps of training."""
-    from etherdiff.results.curves import make_figure
-    from etherdiff.results.drawing import check_output, draw_figure
+    from etherdiff.results.figures import check_output, draw_figure, make_figure
     from etherdiff.results.formats import left_out_notes
     from etherdiff.system.terminal import say, warn
 

@@ -1,22 +1,36 @@
-"""`etherdiff compare`: scores of several runs in one table, if they were computed the same way.
+"""Whether scores may be compared, and what is made of those that may: `etherdiff compare`, and means over subjects.
 
-Two scores of one name may stand in a row when their identities are equal: definition, network (name, revision, weight hash,
-feature, preprocessing), real images, prompts and their form, seeds, sampler, and the number of images that were scored, and
-etherdiff's own version, whose code they are. Other libraries' versions change a score by rounding and are only warned of.
+Two scores of one name are comparable when their identities are equal: definition, network (name, revision, weight hash,
+feature, preprocessing), real images, prompts and their form, seeds, sampler, number of scored images, and the version of
+etherdiff, which is the scoring code. Versions of other libraries only change the rounding: they are reported as a warning.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Group
 from rich.table import Table
 
-from etherdiff.eval.intervals import interval_text
-from etherdiff.runs.result import EvalResult, Score, read_result, score_differences, version_differences
+from etherdiff.eval.intervals import DRAWS, MIN_PROMPTS, bootstrap_mean, interval_text
+from etherdiff.eval.metrics import metric_of
+from etherdiff.eval.scores import interval_fields
+from etherdiff.runs.result import (
+    SUBJECTS_OWN,
+    EvalResult,
+    Score,
+    differences,
+    read_result,
+    score_differences,
+    version_differences,
+)
+from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
+from etherdiff.system.files import digest
+from etherdiff.system.text import listed
 
+K = TypeVar("K")
 FACTS = ("subject", "dataset", "method", "base_model", "checkpoint", "step")
 BASE = "the base"
 
@@ -63,11 +77,16 @@ def compare(runs: Sequence[Path], anyway: bool = False) -> list[ComparedRun]:
 
 def told(column: ComparedRun) -> list[str]:
     """What differs, a sentence for each kind of difference, with the scores that it concerns."""
-    scores: dict[str, list[str]] = {}
-    for score, found in column.differs.items():
-        for difference in found:
-            scores.setdefault(difference, []).append(score)
-    return [f"{difference} ({', '.join(names)})" for difference, names in scores.items()]
+    return [f"{difference} ({', '.join(scores)})" for difference, scores in by_difference(column.differs).items()]
+
+
+def by_difference(found: Mapping[K, Sequence[str]]) -> dict[str, list[K]]:
+    """Group by difference: each difference -> the scores (or runs and scores) that have it."""
+    concerned: dict[str, list[K]] = {}
+    for key, differing in found.items():
+        for difference in differing:
+            concerned.setdefault(difference, []).append(key)
+    return concerned
 
 
 def row_names(columns: Sequence[ComparedRun]) -> list[str]:
@@ -168,3 +187,126 @@ def _shared_base(results: Sequence[EvalResult]) -> ComparedRun | None:
 
 def _escaped(text: str) -> str:
     return text.replace("|", "\\|")
+
+
+# --- Several subjects -------------------------------------------------------------------------------------------------
+
+
+def combine_subjects(results: Mapping[str, dict[str, Any]], seed: int = 0, draws: int = DRAWS) -> dict[str, Any]:
+    """One table over subjects: means over the pairs of all of them, as the paper's scripts pool them.
+
+    Intervals draw subjects again; below `MIN_PROMPTS` subjects, the prompts of all of them, and then speak of these
+    subjects only. FID is not pooled: it is no mean.
+
+    Returns:
+        scores as of `score_images`, and per_subject with the given results.
+
+    Raises:
+        UserError: no subject, or scores of one name that were not computed the same way.
+    """
+    if not results:
+        raise UserError("no subject has been scored")
+    everything = dict.fromkeys(name for result in results.values() for name in result["scores"])
+    names = [name for name in everything if metric_of(name).compares != "sets"]
+    problems = [problem for name in names for problem in _mixed_identities(name, results)]
+    if problems:
+        raise UserError(problems)
+    return {
+        "scores": {name: _pooled(name, results, seed, draws) for name in names},
+        "per_subject": dict(results),
+        "left_out": {subject: result["left_out"] for subject, result in results.items()},
+        "not_scored": {name: "a score of sets is not pooled over subjects" for name in everything if name not in names},
+    }
+
+
+def _with(name: str, results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {subject: result for subject, result in results.items() if name in result["scores"]}
+
+
+def _mixed_identities(name: str, results: Mapping[str, dict[str, Any]]) -> list[str]:
+    """What differs beyond the subject's own images and prompts."""
+    (first, one), *others = [(subject, result["scores"][name]["identity"]) for subject, result in _with(name, results).items()]
+    return [
+        f"{name}: {subject} was not scored as {first} was: {', '.join(found)} differ"
+        for subject, other in others
+        if (found := differences(one, other, SUBJECTS_OWN))
+    ]
+
+
+def _pooled(name: str, results: Mapping[str, dict[str, Any]], seed: int, draws: int) -> dict[str, Any]:
+    scored = list(_with(name, results).values())
+    units, unit = [result["scores"][name] for result in scored], "subjects"
+    pairs = sum(score["pairs"] for score in units)
+    mean = sum(score["mean"] * score["pairs"] for score in units) / pairs
+    identity = units[0]["identity"]
+    if len(units) < MIN_PROMPTS and metric_of(name).compares != "real x other real":
+        scores = [prompt["scores"].get(name) for result in scored for prompt in result["per_prompt"]]
+        units, unit = [score for score in scores if score], "prompts"
+    interval = bootstrap_mean([s["mean"] * s["pairs"] for s in units], [s["pairs"] for s in units], seed, draws)
+    return {
+        "mean": mean,
+        **interval_fields(interval, unit, seed, draws),
+        "n": sum(result["scores"][name]["n"] for result in scored),
+        "pairs": pairs,
+        "subjects": len(scored),
+        "identity": identity | _digests(name, scored),
+    }
+
+
+def _digests(name: str, scored: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The parts of the identity that each subject has its own of, as one for all of them."""
+    identities = [result["scores"][name]["identity"] for result in scored]
+    merged = {}
+    for part in ("reference", "prompts"):
+        if identities[0].get(part):
+            sha256 = digest([identity[part]["sha256"] for identity in identities])
+            merged[part] = identities[0][part] | {"n": sum(one[part]["n"] for one in identities), "sha256": sha256}
+    return merged
+
+
+# --- Many runs --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Checked:
+    """What was found of scores that were to be computed alike."""
+
+    otherwise: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    """Folder of a run, score -> how it was computed otherwise than the first run's."""
+    rounding: list[str] = field(default_factory=list)
+    """Libraries whose versions differ, a sentence each."""
+
+    def is_otherwise(self, runs: Sequence[Run], score: str) -> bool:
+        """Whether one of the runs' scores was computed otherwise."""
+        return any((str(run.folder.path), score) in self.otherwise for run in runs)
+
+    def sentences(self) -> list[str]:
+        """What differs, with the runs and the scores that it concerns."""
+        sentences = []
+        for difference, concerned in by_difference(self.otherwise).items():
+            runs, scores = (list(dict.fromkeys(names)) for names in zip(*concerned, strict=True))
+            verb = "was" if len(runs) == 1 else "were"
+            sentences.append(f"{listed(runs)} {verb} not scored as the first run was: {difference} ({', '.join(scores)})")
+        return sentences
+
+
+def check_identities(runs: Sequence[Run], scores: Sequence[str], anyway: bool) -> Checked:
+    """Hold every run's scores against the first's. UserError where they differ, unless `anyway`."""
+    checked = Checked()
+    for score in scores:
+        with_it = [run for run in runs if score in run.scores]
+        first: dict[str, Run] = {}
+        for run in with_it:
+            own = first.setdefault(run.subject_name, run)
+            one, other, wholly_first = own.scores[score], run.scores[score], with_it[0].scores[score]
+            found = score_differences(one, other) or score_differences(wholly_first, other, SUBJECTS_OWN)
+            if found:
+                checked.otherwise[str(run.folder.path), score] = found
+            for name, version, before in version_differences(with_it[0].scores[score], run.scores[score]):
+                text = f"{name} {version} and {before}, which may change the last digits"
+                if text not in checked.rounding:
+                    checked.rounding.append(text)
+    if checked.otherwise and not anyway:
+        advice = "score them alike (etherdiff eval), or pass --anyway to see them together, marked"
+        raise UserError([*checked.sentences(), advice])
+    return checked

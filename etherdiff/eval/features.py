@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from etherdiff.eval.functional import lpips_distances
-from etherdiff.eval.networks import Backbone, Pixels
-from etherdiff.eval.preprocessing import Preprocessing
+from etherdiff.eval.networks import Backbone, Pixels, Preprocessing
 from etherdiff.images.reading import UnreadableImage, read_image
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import digest, file_hash, save_tensors

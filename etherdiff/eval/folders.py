@@ -27,10 +27,10 @@ from etherdiff.eval.networks import (
     Pixels,
     find_source,
     hash_files,
+    read_preprocessing,
     stacked,
     versions_of,
 )
-from etherdiff.eval.preprocessing import read_preprocessing
 from etherdiff.families.bases import shipped_config
 from etherdiff.system.errors import UserError
 from etherdiff.system.terminal import quiet_libraries

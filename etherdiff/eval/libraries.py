@@ -11,8 +11,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from etherdiff.eval.functional import unit_channels
-from etherdiff.eval.networks import Backbone, Identity, ImageTextBackbone, Pixels, hash_tensors, stacked, versions_of
-from etherdiff.eval.preprocessing import Preprocessing
+from etherdiff.eval.networks import (
+    Backbone,
+    Identity,
+    ImageTextBackbone,
+    Pixels,
+    Preprocessing,
+    hash_tensors,
+    stacked,
+    versions_of,
+)
 from etherdiff.system.errors import UserError
 
 LPIPS_SIZE = 512

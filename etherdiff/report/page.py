@@ -10,11 +10,10 @@ from typing import Any
 from etherdiff import __version__
 from etherdiff.adapters.analysis import LayerDrift
 from etherdiff.adapters.methods import METHODS
-from etherdiff.report.album import Album, Thumbnail
 from etherdiff.report.charts import NEIGHBOURS, Chart, Mark, Point, Series, number, points, smoothed, thinned
 from etherdiff.report.contents import Contents, Grid, Images
+from etherdiff.report.html import Album, Thumbnail, foreign, parts, render
 from etherdiff.report.scores import headline, left_out_count, per_class, per_prompt, score_title, scores_view
-from etherdiff.report.template import foreign, parts, render
 from etherdiff.runs.result import EvalResult
 from etherdiff.system.text import counted, duration, score, short, size
 

@@ -11,11 +11,10 @@ from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from etherdiff.report.template import render
-from etherdiff.results.columns import Quantity
+from etherdiff.eval.paper import PaperValue
+from etherdiff.report.html import render
 from etherdiff.results.facts import FACTS
-from etherdiff.results.keys import shown
-from etherdiff.results.paper import PaperValue
+from etherdiff.results.keys import Quantity, shown
 from etherdiff.results.pooling import Cell
 from etherdiff.results.runs import LeftOut
 from etherdiff.results.tables import Table, TableRow, described

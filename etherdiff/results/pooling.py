@@ -1,9 +1,9 @@
-"""From the runs of one row to one number with an interval, and what the interval speaks of.
+"""From the runs of one row to one number with an interval, and over what range of a setting a score stays good.
 
-- Several subjects: pooled over them by `eval.combine`, the seeds of each averaged first; subjects are drawn again (prompts,
-  where subjects are too few). The interval speaks of other subjects.
-- One subject or dataset, several seeds: their mean, with the t interval over seeds. It speaks of other seeds.
-- One run: its own interval, which speaks of other prompts or images.
+- Several subjects: the seeds of each are averaged first, then `combine_subjects` pools them. Subjects are resampled (prompts,
+  where there are too few subjects). The interval covers other subjects.
+- One subject or dataset, several seeds: their mean, with the t interval over seeds. It covers other seeds.
+- One run: its own interval, which covers other prompts or images.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from etherdiff.eval.combine import combine_subjects
+from etherdiff.eval.compare import combine_subjects
 from etherdiff.eval.intervals import LEVEL, MIN_PROMPTS, Interval, bootstrap_mean
 from etherdiff.eval.metrics import metric_of
 from etherdiff.runs.result import PromptScore, Score, SetScores
@@ -148,3 +148,73 @@ def _own_cell(score: Score, values: dict[str, float]) -> Cell:
 
 def _counted(count: int, unit: str, low: float | None) -> str:
     return "" if low is None else f"{count} {unit}"
+
+
+# --- Plateaus ---------------------------------------------------------------------------------------------------------
+
+
+SHARE = 0.9
+"""Of the best score that has to be kept, unless another is asked for."""
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Where a score is good enough, around its best."""
+
+    low: float
+    high: float
+    """The ends of the range."""
+    open_low: bool
+    open_high: bool
+    """Whether the score was still good enough at the end of what was tried."""
+
+    @property
+    def decades(self) -> float:
+        """log₁₀ of high / low; at least that, where an end is open."""
+        return math.log10(self.high / self.low)
+
+    @property
+    def is_lower_bound(self) -> bool:
+        return self.open_low or self.open_high
+
+
+def find_plateau(
+    points: Sequence[tuple[float, float | None]], higher_is_better: bool = True, share: float = SHARE
+) -> Plateau | None:
+    """The range around the best score in which the score stays good enough without a break.
+
+    Good enough is `share` of the best or more; for scores of which lower is better, the best over `share` or less. Between two
+    settings that were tried the score is taken to run straight over the logarithm of the setting.
+
+    Args:
+        points: setting (> 0) and score, by rising setting; None where the run failed, so that there is no score: the range ends
+            at the setting before, since nothing is known of what lies between.
+
+    Returns:
+        None where there is no score, or the best is not above 0, of which no share can be taken.
+    """
+    known = [(at, score) for at, score in points if score is not None]
+    if not known:
+        return None
+    best_at, best = (max if higher_is_better else min)(known, key=lambda point: point[1])
+    if best <= 0:
+        return None
+    limit = best * share if higher_is_better else best / share
+    place = next(number for number, (at, _) in enumerate(points) if at == best_at)
+    high, open_high = _end(points[place:], limit, higher_is_better)
+    low, open_low = _end(points[place::-1], limit, higher_is_better)
+    return Plateau(low, high, open_low, open_high)
+
+
+def _end(points: Sequence[tuple[float, float | None]], limit: float, higher_is_better: bool) -> tuple[float, bool]:
+    """How far it is good enough from the first point on, which is; and whether that is the last that was tried."""
+    (at, score), *others = points
+    assert score is not None
+    for further, other in others:
+        if other is None:
+            return at, False
+        if other < limit if higher_is_better else other > limit:
+            share = (score - limit) / (score - other)
+            return 10 ** (math.log10(at) + share * (math.log10(further) - math.log10(at))), False
+        at, score = further, other
+    return at, True

@@ -6,14 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from etherdiff.config import TableOptions
+from etherdiff.eval.compare import Checked, check_identities
 from etherdiff.eval.metrics import METRICS
-from etherdiff.results.columns import Quantity, column, column_problems, is_score, scores_behind, usual_columns
+from etherdiff.eval.paper import PaperValue, paper_of, paper_of_real_images, paper_scope
 from etherdiff.results.facts import FACTS, fact
-from etherdiff.results.identity import Checked, check_identities
-from etherdiff.results.keys import Value, check_keys, group, refuse_mixtures, shown, value_of
-from etherdiff.results.paper import PaperValue, paper_of, paper_of_real_images, paper_scope
-from etherdiff.results.plateau import SHARE, Plateau, find_plateau
-from etherdiff.results.pooling import Cell, Scored, pool_numbers, pool_scores, scored
+from etherdiff.results.keys import (
+    Quantity,
+    Value,
+    check_keys,
+    column,
+    column_problems,
+    group,
+    is_score,
+    refuse_mixtures,
+    scores_behind,
+    shown,
+    usual_columns,
+    value_of,
+)
+from etherdiff.results.pooling import SHARE, Cell, Plateau, Scored, find_plateau, pool_numbers, pool_scores, scored
 from etherdiff.results.runs import Collection, LeftOut, collect
 from etherdiff.runs.result import SetScores
 from etherdiff.runs.run import Run

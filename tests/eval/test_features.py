@@ -10,8 +10,7 @@ from PIL import Image
 from etherdiff.eval import features as features_module
 from etherdiff.eval.features import Features, compute_features, encode_images, hash_images, is_black
 from etherdiff.eval.functional import lpips_distances
-from etherdiff.eval.networks import Backbone, Identity
-from etherdiff.eval.preprocessing import Preprocessing
+from etherdiff.eval.networks import Backbone, Identity, Preprocessing
 from etherdiff.images.reading import read_image
 
 DINO, BOTH = frozenset({"dino"}), frozenset({"dino", "clip"})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from eval_toys import black, draw
 
-from etherdiff.eval.combine import combine_subjects
+from etherdiff.eval.compare import combine_subjects
 from etherdiff.eval.functional import lpips_distances
 from etherdiff.eval.metrics import METRICS, PROMPT_METRICS
 from etherdiff.eval.networks import find_backbones

@@ -21,7 +21,7 @@ from etherdiff.report.charts import (
     thinned,
     ticks,
 )
-from etherdiff.report.template import parts
+from etherdiff.report.html import parts
 from etherdiff.system.text import counted, duration, listed, score, short, size
 
 PARTS = parts()

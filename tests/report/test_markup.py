@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 import pytest
 from jinja2 import UndefinedError
 
+from etherdiff.report.html import environment, foreign, parts
 from etherdiff.report.page import Cells
-from etherdiff.report.template import environment, foreign, parts
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -23,8 +23,8 @@ from etherdiff.families.bases import find_base
 from etherdiff.families.sd1 import load_base
 from etherdiff.images.png import save_png
 from etherdiff.report import write_report
-from etherdiff.report.album import Album
 from etherdiff.report.contents import read_contents
+from etherdiff.report.html import Album
 from etherdiff.results.facts import fact
 from etherdiff.runs.folder import RunFolder, write_settings
 from etherdiff.runs.model import count_trained

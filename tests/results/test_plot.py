@@ -10,8 +10,7 @@ from synthetic_runs import change_result, write_curve, write_run, write_state
 from etherdiff import cli
 from etherdiff.adapters.methods import METHODS, label_styles
 from etherdiff.config import PlotOptions
-from etherdiff.results.curves import make_figure
-from etherdiff.results.drawing import COLOURS, DASHES, draw_figure
+from etherdiff.results.figures import COLOURS, DASHES, draw_figure, make_figure
 from etherdiff.results.pooling import t_interval
 from etherdiff.system.errors import UserError
 
