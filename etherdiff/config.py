@@ -97,7 +97,7 @@ class TrainConfig(AdapterConfig):
     steps: int = Field(1200, ge=1, description="optimizer steps")
     learning_rate: float | None = Field(None, gt=0, description="peak learning rate [default: the method's in the paper]")
     lr_schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="course of the learning rate")
-    warmup_steps: int = Field(0, ge=0, description="optimizer steps over which the learning rate rises from 0")
+    warmup_steps: int = Field(0, ge=0, description="optimizer steps over which the learning rate rises to its peak")
     batch_size: int = Field(1, ge=1, description="images per process and forward pass, class images not counted")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
     optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit needs etherdiff[8bit] and a GPU")

@@ -18,7 +18,7 @@ from etherdiff.system.devices import device_problem, resolve_device
 from etherdiff.system.errors import Answer, Problems, UserError
 from etherdiff.system.locks import LOCK
 from etherdiff.system.paths import data_root
-from etherdiff.system.terminal import is_main_process
+from etherdiff.system.terminal import is_main_process, warn
 from etherdiff.tasks.subjects import Subject, find_subject, photo_of
 
 
@@ -83,6 +83,11 @@ def check_common(config: RunConfig, problems: Problems, name: str, resuming: boo
         adapted = problems.attempt(try_adapter, base.value, config.method, options.value)
     if training:
         problems.add(*machine_problems(training))
+        if training.warmup_steps >= training.steps:
+            warn(
+                f"warmup_steps: the learning rate rises over {training.warmup_steps} steps, and the run has {training.steps}: "
+                "no step is trained after the warm-up"
+            )
     output = config.output or Path("runs") / name
     if not resuming:
         problems.check(output_problems, output, config.overwrite)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from etherdiff.system.files import file_hash, save_tensors, staged_folder
-from etherdiff.train.loop import TrainingState
+from etherdiff.train.loop import TrainingState, restore_schedule
 
 FORMAT = 2
 FILES = {"parameters.safetensors", "optimizer.safetensors", "state.json"}
@@ -74,7 +74,7 @@ def load_checkpoint(state: TrainingState, path: Path, accelerator: Accelerator) 
         for name, parameter in state.parameters.items():
             parameter.copy_(saved[name])
     _restore_optimizer(state, load_file(path / "optimizer.safetensors"), numbers["optimizer"])
-    state.lr_scheduler.load_state_dict(state.lr_scheduler.state_dict() | numbers["lr_scheduler"])
+    restore_schedule(state.lr_scheduler, numbers["lr_scheduler"])
     if accelerator.scaler is not None and numbers["grad_scaler"] is not None:
         accelerator.scaler.load_state_dict(numbers["grad_scaler"])
     if state.ema is not None:

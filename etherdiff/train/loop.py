@@ -15,6 +15,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from etherdiff.config import TrainConfig
 from etherdiff.system.devices import resolve_device
@@ -90,14 +91,29 @@ def prepare_training(
         weight_decay=config.weight_decay,
     )
     # not prepared by accelerate, which would step it once per process: the schedule counts optimizer steps
-    lr_scheduler = get_scheduler(
-        config.lr_schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps
-    )
+    lr_scheduler = make_schedule(config, optimizer)
     task, optimizer = accelerator.prepare(task, optimizer)
     ema = EMAModel(parameters.values(), decay=config.ema_decay) if config.ema_decay else None
     if ema is not None:
         ema.to(accelerator.device)
     return TrainingState(task, optimizer, lr_scheduler, ema, parameters)
+
+
+def make_schedule(config: TrainConfig, optimizer: Any) -> LambdaLR:
+    """Make the course of the learning rates: a rise over the warm-up's steps, then what `lr_schedule` says."""
+    if config.lr_schedule == "constant":  # diffusers' schedule of this name reads no warm-up
+        rise = max(config.warmup_steps, 1)
+        return LambdaLR(optimizer, lambda step: min((step + 1) / rise, 1.0))
+    return get_scheduler(config.lr_schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps)
+
+
+def restore_schedule(schedule: LambdaLR, saved: dict[str, Any]) -> None:
+    """Put a schedule back to a saved place. The rates are those of its own length, which a resumed run may have changed."""
+    schedule.load_state_dict(schedule.state_dict() | saved)
+    rates = [rate * factor(schedule.last_epoch) for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
 
 
 def fit(

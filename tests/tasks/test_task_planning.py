@@ -343,3 +343,9 @@ def test_an_identifier_of_several_tokens_is_warned_of(subject):
 
 def test_the_default_identifier_is_one_token(subject):
     assert "tokens" not in said(lambda: plan_dreambooth(config(subject)))
+
+
+@pytest.mark.parametrize(("warmup", "warned"), [(0, False), (9, False), (10, True), (50, True)])
+def test_a_warm_up_as_long_as_the_run_is_warned_of(subject, warmup, warned):
+    told = said(lambda: plan_dreambooth(config(subject, steps=10, warmup_steps=warmup)))
+    assert ("warning: warmup_steps" in told) is warned
