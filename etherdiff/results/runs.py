@@ -57,11 +57,37 @@ def collect(paths: Sequence[Path], scored: bool = True) -> Collection:
         raise UserError(problems)
     names = [one.name for one in found.values()]
     named = [replace(one, name=str(place)) if names.count(one.name) > 1 else one for place, one in found.items()]
+    named = _with_subjects_told_apart(named)
     runs = [one for one in named if isinstance(one, Run)]
     left_out = [one for one in named if isinstance(one, LeftOut)]
     if not runs:
         raise UserError(["there is no run to read", *(f"left out: {one.name}: {one.why}" for one in left_out)])
     return Collection(runs, left_out)
+
+
+def _with_subjects_told_apart(found: Sequence[Run | LeftOut]) -> list[Run | LeftOut]:
+    """Name subjects (and datasets) by their paths where several share a name.
+
+    They are one where the path or the images are the same: a subject may be moved between runs, or gain a photo.
+    """
+    firsts: dict[str, list[Run]] = {}
+    paths: dict[Path, str] = {}
+    for run in (one.run if isinstance(one, LeftOut) else one for one in found):
+        if run is not None:
+            known = firsts.setdefault(run.subject_name, [])
+            first = next((other for other in known if _have_one_subject(run, other)), None)
+            known += [] if first else [run]
+            paths[run.path] = str((first or run).subject_path)
+
+    def rename(run: Run) -> Run:
+        return replace(run, subject_name=paths[run.path]) if len(firsts[run.subject_name]) > 1 else run
+
+    return [rename(one) if isinstance(one, Run) else replace(one, run=one.run and rename(one.run)) for one in found]
+
+
+def _have_one_subject(one: Run, other: Run) -> bool:
+    images = one.provenance.images
+    return one.subject_path == other.subject_path or (images is not None and images == other.provenance.images)
 
 
 def _read_all(path: Path, scored: bool) -> Iterator[tuple[Path, Run | LeftOut]]:

@@ -58,6 +58,8 @@ class Run:
     provenance: Provenance
     name: str
     """The folder's name; its path where several of one name are read."""
+    subject_name: str = ""
+    """Name of the subject or the dataset; its path where several of one name are read."""
 
     @classmethod
     def open(cls, path: Path, settings: Path | None = None) -> "Run":
@@ -80,7 +82,8 @@ class Run:
                 f"{folder.settings} cannot be used ({'; '.join(error.problems)}): it was made by etherdiff {version}; "
                 "use that version, or start the run again"
             ) from error
-        return cls(folder, config, provenance, path.resolve().name)
+        learned = _learned(config)
+        return cls(folder, config, provenance, path.resolve().name, Path(learned).name or learned)
 
     @property
     def path(self) -> Path:
@@ -97,10 +100,9 @@ class Run:
         return isinstance(self.config, S2IConfig)
 
     @property
-    def subject_name(self) -> str:
-        """Name of the subject or the dataset."""
-        learned = self.config.dataset if isinstance(self.config, S2IConfig) else self.config.subject  # type: ignore[union-attr]
-        return Path(learned).name or learned
+    def subject_path(self) -> Path:
+        """Where the subject or the dataset was found, on the machine that the run was started on."""
+        return Path(getattr(self.config, "data_root", None) or "", _learned(self.config))
 
     @property
     def method_label(self) -> str:
@@ -174,6 +176,10 @@ class Run:
         """
         last = self.curves[-1] if self.curves else {}
         return last.get("diverged") is True or ("loss" in last and last["loss"] is None and "learning_rate" not in last)
+
+
+def _learned(config: RunConfig) -> str:
+    return str(config.dataset if isinstance(config, S2IConfig) else config.subject)  # type: ignore[union-attr]
 
 
 def recorded_processes(path: Path) -> int:

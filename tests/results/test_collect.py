@@ -31,6 +31,28 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert {run.name for run in collect([tmp_path]).runs} == {str(tmp_path / "one/run"), str(tmp_path / "two/run")}
 
 
+def test_subjects_in_folders_of_one_name_are_told_apart(tmp_path):
+    dogs = [f"/photos/{owner}/dog" for owner in ("ann", "ben", "ben")]
+    for number, dog in enumerate(dogs):
+        write_run(tmp_path / f"dog-{number}", SCORES, subject=dog, seed=number)
+    write_run(tmp_path / "cat", SCORES, subject="/photos/ann/cat")
+    write_run(tmp_path / "unscored", subject="/photos/ben/dog")
+    found = collect([tmp_path])
+    assert [run.subject_name for run in found.runs] == ["cat", *dogs]
+    assert [one.run.subject_name for one in found.left_out] == ["/photos/ben/dog"]
+    for name, root in (("one", "/data/1"), ("two", "/data/2")):
+        write_run(tmp_path / "named" / name, SCORES, subject="dog", data_root=root)
+    assert [run.subject_name for run in collect([tmp_path / "named"]).runs] == ["/data/1/dog", "/data/2/dog"]
+
+
+def test_a_subject_that_was_moved_between_runs_is_one(tmp_path):
+    for seed, place in enumerate(("/home/ann/dog", "/cluster/dog")):
+        run = write_run(tmp_path / str(seed), SCORES, subject=place, seed=seed)
+        settings = run / "run.yaml"
+        settings.write_text(settings.read_text().partition("\n")[2].replace("provenance:", "provenance:\n  images: abc"))
+    assert [run.subject_name for run in collect([tmp_path]).runs] == ["dog", "dog"]
+
+
 def cut(path):
     path.write_text(path.read_text()[:-40])
 

@@ -124,6 +124,22 @@ def test_a_run_counts_once(sweep):
         table_of(sweep)
 
 
+def test_subjects_in_folders_of_one_name_are_two_subjects(tmp_path):
+    for owner, dino in (("ann", 0.5), ("ben", 0.7)):
+        write_run(tmp_path / owner, {"dino": dino, "clip_t": 0.3}, subject=f"/photos/{owner}/dog")
+    table = table_of(tmp_path)
+    assert row(table, "ether+").cells["dino"].mean == pytest.approx(0.6)
+    by_subject = table_of(tmp_path, rows=("subject",))
+    assert [one.values for one in by_subject.rows if not one.beside] == [("/photos/ann/dog",), ("/photos/ben/dog",)]
+
+
+def test_datasets_in_folders_of_one_name_are_not_averaged(tmp_path):
+    for owner, seed in (("ann", 0), ("ben", 1)):
+        write_run(tmp_path / owner, {"miou": 0.3, "fid": 40.0}, task="s2i", dataset=f"/data/{owner}/rooms", seed=seed)
+    with pytest.raises(UserError, match="differ in dataset: /data/ann/rooms, /data/ben/rooms"):
+        make_table([tmp_path], TableOptions(columns=("miou", "fid")))
+
+
 def test_runs_of_bases_with_other_weights_are_not_averaged(sweep):
     run = sweep / "runs/oft-ball/run.yaml"
     text = run.read_text().partition("\n")[2].replace("unet: abc", "unet: def")
