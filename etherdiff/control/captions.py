@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,6 +14,7 @@ from etherdiff.system.files import file_hash
 from etherdiff.system.paths import cache_dir
 from etherdiff.system.terminal import track
 from etherdiff.system.text import read_user_json, read_user_text
+from etherdiff.system.words import listed
 
 BLIP = "Salesforce/blip-image-captioning-base"
 MAX_NEW_TOKENS = 40
@@ -23,20 +26,37 @@ TEXT_KEYS = ("text", "prompt", "caption")
 _EXAMPLES = 5
 
 
-def read_captions(path: Path) -> dict[str, str]:
-    """Return captions by the stem of their image's name, from lines of JSON with an image (or a control) and a text.
+@dataclass(frozen=True)
+class Caption:
+    """One entry of a caption file."""
+
+    name: str
+    """The image's (or control's) path as the file has it; its folders may be those of another machine."""
+    text: str
+    where: str
+    """File and line."""
+
+    def likeness(self, image: Path) -> tuple[int, bool]:
+        """Return how many folders above the file the two paths share, and whether the files' whole names are one."""
+        own, other = _parts(self.name), _parts(str(image))
+        shared = (one == two for one, two in zip(own[-2::-1], other[-2::-1], strict=False))
+        return sum(1 for _ in takewhile(bool, shared)), own[-1] == other[-1]
+
+
+def read_captions(path: Path) -> list[Caption]:
+    """Return what a caption file lists: lines of JSON with an image (or a control) and a text.
 
     A JSON array of such objects, or one object {"image": "text", …}, does as well.
 
     Raises:
         UserError: unreadable, or lines that are something else.
     """
-    found, wrong = {}, []
+    found, wrong = [], []
     for where, entry in _entries(path):
         image = first_of(entry, (*IMAGE_KEYS, *CONTROL_KEYS))
         text = first_of(entry, TEXT_KEYS)
-        if isinstance(image, str) and isinstance(text, str):
-            found[stem(image)] = text.strip()
+        if isinstance(image, str) and _parts(image) and isinstance(text, str):
+            found.append(Caption(image, text.strip(), f"{path.name}, {where}"))
         else:
             wrong.append(where)
     if wrong:
@@ -45,6 +65,41 @@ def read_captions(path: Path) -> dict[str, str]:
             f"{path}: {len(wrong)} entries without an image ({', '.join(IMAGE_KEYS)}) and a text ({', '.join(TEXT_KEYS)}): "
             f"{', '.join(wrong[:_EXAMPLES])}{more}"
         )
+    return found
+
+
+def match_captions(captions: Iterable[Caption], images: Iterable[Path]) -> dict[Path, str]:
+    """Return the caption of each image that has one.
+
+    A caption belongs to the image of its stem; of several such images to the one whose folders it shares most, from the file
+    upwards. So the files may have been moved, and their format may be another.
+
+    Raises:
+        UserError: a caption fits several images, or several different captions fit one.
+    """
+    by_stem: dict[str, list[Path]] = {}
+    for image in dict.fromkeys(images):
+        by_stem.setdefault(_stem(image.name), []).append(image)
+    given: dict[Path, list[tuple[tuple[int, bool], Caption]]] = {}
+    unclear = []
+    for caption in captions:
+        fitting = by_stem.get(_stem(caption.name), [])
+        most = max(map(caption.likeness, fitting), default=(0, False))
+        best = [image for image in fitting if caption.likeness(image) == most]
+        if len(best) > 1:
+            unclear.append(f"{caption.where}: {caption.name} may be {listed(list(map(str, best)))}; give more of its path")
+        elif best:
+            given.setdefault(best[0], []).append((most, caption))
+    found = {}
+    for image, known in given.items():
+        likeness = max(one for one, _ in known)
+        fit = [caption for one, caption in known if one == likeness]
+        if len({caption.text for caption in fit}) > 1:
+            unclear.append(f"{image} has several captions ({listed([caption.where for caption in fit])}); keep one of them")
+        found[image] = fit[0].text
+    if unclear:
+        more = [f"… and {len(unclear) - _EXAMPLES:,} more"] if len(unclear) > _EXAMPLES else []
+        raise UserError([f"captions: {sentence}" for sentence in unclear[:_EXAMPLES] + more])
     return found
 
 
@@ -65,11 +120,6 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
 def first_of(entry: Any, keys: Sequence[str]) -> Any:
     """Return what an object has under the first of these keys that it has; None otherwise."""
     return next((entry[key] for key in keys if key in entry), None) if isinstance(entry, dict) else None
-
-
-def stem(name: str) -> str:
-    """Return a file's name without folders and suffix, whichever system wrote it."""
-    return PurePosixPath(name.replace("\\", "/")).stem
 
 
 def make_captions(images: Sequence[Path], device: str = "auto", model: str = BLIP, batch_size: int = BATCH) -> list[str]:
@@ -117,6 +167,15 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
             yield from ((name, {"image": name, "text": text}) for name, text in whole.items())
             return
     yield from ((f"line {number}", entry) for number, entry in lines)
+
+
+def _parts(name: str) -> list[str]:
+    """Return folders and name of a path, whichever system wrote it."""
+    return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+
+
+def _stem(name: str) -> str:
+    return PurePosixPath(_parts(name)[-1]).stem
 
 
 def _hashes(images: Sequence[Path]) -> list[str]:

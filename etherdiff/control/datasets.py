@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from etherdiff.control.captions import make_captions as blip_captions
-from etherdiff.control.readers import Listing, Row, caption_of, merged_captions, sentences
+from etherdiff.control.readers import Listing, Row, sentences
 from etherdiff.control.readers.ade20k import HUB_DATASET, find_ade20k, read_ade20k
 from etherdiff.control.readers.coco import read_coco
 from etherdiff.control.readers.hub import read_hub_dataset
@@ -202,8 +202,7 @@ def _in_data_root(name: str, data_root: Path | None, folder: str | None = None) 
 def _described(listing: Listing, captions: Path | None) -> Listing:
     """Put the captions of a file in place of the dataset's own; images that it lacks have none."""
     if captions is not None:
-        texts = merged_captions([captions])
-        listing.change(lambda row: replace(row, text=caption_of(texts, row.image)))
+        listing.describe([captions])
     return listing
 
 

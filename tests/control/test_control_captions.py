@@ -1,13 +1,14 @@
 """Caption files as others write them, and BLIP on a tiny random model against transformers itself."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from etherdiff.control import captions
-from etherdiff.control.captions import make_captions, read_captions
+from etherdiff.control.captions import Caption, make_captions, match_captions, read_captions
 from etherdiff.system.errors import UserError
 from etherdiff.system.paths import cache_dir
 
@@ -57,7 +58,40 @@ def test_oft_and_etherdiff_lines_are_read(tmp_path):
         '{"source": "only/three.png", "prompt": "three"}\r\n'
         '{"file_name": "c:\\\\windows\\\\four.jpg", "caption": "four"}\n'
     )
-    assert read_captions(path) == {"ADE_1": "a room", "two.v2": "zwei", "three": "three", "four": "four"}
+    images = [tmp_path / name for name in ("training/ADE_1.jpg", "two.v2.png", "three.jpg", "four.jpg", "five.jpg")]
+    assert match_captions(read_captions(path), images) == dict(zip(images, ("a room", "zwei", "three", "four"), strict=False))
+
+
+def matched(captions, *images):
+    """The captions {name in the file: text} of images, by the images' names."""
+    given = [Caption(name, text, f"line {number}") for number, (name, text) in enumerate(captions, 1)]
+    found = match_captions(given, [Path("/data", image) for image in images])
+    return {str(image.relative_to("/data")): text for image, text in found.items()}
+
+
+def test_of_one_stem_the_folders_and_then_the_suffix_decide():
+    captions = [("img/a/1.png", "a 1"), ("img\\b\\1.png", "b 1"), ("./img/b/2.png", "b 2")]
+    assert matched(captions, "img/a/1.png", "img/b/1.png", "img/a/2.png", "img/b/2.png") == {
+        "img/a/1.png": "a 1",
+        "img/b/1.png": "b 1",
+        "img/b/2.png": "b 2",
+    }
+    assert matched([("1.png", "png"), ("1.jpg", "jpg")], "1.jpg", "1.png") == {"1.png": "png", "1.jpg": "jpg"}
+    assert matched([("b/1.png", "b"), ("1.png", "of b too")], "x/b/1.jpg") == {"x/b/1.jpg": "b"}
+    assert matched([("1.png", "same"), ("1.png", "same")], "1.png") == {"1.png": "same"}
+
+
+@pytest.mark.parametrize(
+    ("captions", "images", "said"),
+    [
+        ([("1.png", "x")], ["a/1.png", "b/1.png"], r"line 1: 1\.png may be /data/a/1\.png, /data/b/1\.png; give more of"),
+        ([("1.png", "x"), ("1.png", "y")], ["1.png"], r"/data/1\.png has several captions \(line 1, line 2\); keep one"),
+        ([("c/1.png", "x"), ("d/1.png", "y")], ["1.png"], "several captions"),
+    ],
+)
+def test_what_is_whose_is_refused_where_it_is_not_clear(captions, images, said):
+    with pytest.raises(UserError, match=said):
+        matched(captions, *images)
 
 
 @pytest.mark.parametrize("content", [[{"image": "a.png", "text": "x"}], {"a.png": "x"}, {"image": "a.png", "text": "x"}])
@@ -68,7 +102,7 @@ def test_one_value_for_the_whole_file_does_as_well(content, indent, tmp_path):
         with pytest.raises(UserError, match="line 1"):  # a single entry over several lines is no format of ours
             read_captions(tmp_path / "captions.json")
     else:
-        assert read_captions(tmp_path / "captions.json") == {"a": "x"}
+        assert [(caption.name, caption.text) for caption in read_captions(tmp_path / "captions.json")] == [("a.png", "x")]
 
 
 def test_bad_lines_are_counted_and_named(tmp_path):

@@ -132,6 +132,39 @@ def test_everything_wrong_with_the_files_is_said_at_once(tmp_path):
     assert any(problem.startswith("images without a caption: 2 (") and "--make-captions" in problem for problem in said)
 
 
+def test_images_of_one_stem_in_several_folders_keep_their_captions(tmp_path):
+    lines, captions = [], []
+    for number, name in enumerate(["a/1.png", "b/1.png", "a-1.png", "b/1.jpg"]):
+        picture(tmp_path / name, number)
+        label_map(tmp_path / "maps" / f"{number}.png")
+        lines.append(json.dumps({"image": name, "control": f"maps/{number}.png"}))
+        captions.append(json.dumps({"image": f"elsewhere/{name}", "text": f"text of {name}"}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    (tmp_path / "captions.jsonl").write_text("\n".join(captions))
+    found = find_dataset(str(tmp_path), None, captions=tmp_path / "captions.jsonl")
+    pairs = sorted((*found.training, *found.evaluation), key=lambda pair: pair.control)
+    assert [pair.text for pair in pairs] == ["text of a/1.png", "text of b/1.png", "text of a-1.png", "text of b/1.jpg"]
+    assert [pair.name for pair in pairs] == ["a-1", "b-1", "a-1-2", "b-1-2"]  # names become those of files
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"image": "1.png", "text": "whose?"}))
+    with pytest.raises(UserError, match=r"line 1: 1\.png may be .*a/1\.png, .*b/1\.png"):
+        find_dataset(str(tmp_path), None, captions=tmp_path / "captions.jsonl")
+
+
+def test_files_that_only_their_suffixes_tell_apart_are_refused_where_stems_name_them(tmp_path):
+    root = ade20k(tmp_path / "ade20k")
+    picture(root / "images/training/ADE_train_1.png")
+    label_map(root / "annotations/validation/ADE_val_1.bmp")
+    with pytest.raises(UserError) as refused:
+        find_dataset("ade20k", tmp_path)
+    assert refused.value.problems == [
+        "ade20k: images that only their suffixes tell apart: 1 (images/training/ADE_train_1.jpg and ADE_train_1.png)",
+        "ade20k: label maps that only their suffixes tell apart: 1 (annotations/validation/ADE_val_1.bmp and ADE_val_1.png)",
+    ]
+    picture(coco(tmp_path / "coco") / "val2017/000000000001.png")
+    with pytest.raises(UserError, match="coco-canny: images that only their suffixes tell apart: 1"):
+        find_dataset("coco-canny", tmp_path)
+
+
 def test_a_folder_without_metadata_says_what_it_wants(tmp_path):
     with pytest.raises(UserError, match=r"there is no metadata.jsonl in it, nor in train/"):
         find_dataset(str(tmp_path), None)

@@ -2,11 +2,11 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from etherdiff.control.captions import read_captions
+from etherdiff.control.captions import match_captions, read_captions
 from etherdiff.images.reading import describe_left_out, walk_images
 from etherdiff.system.text import counted
 
@@ -55,6 +55,23 @@ class Listing:
         """Replace every row."""
         self.training, self.evaluation = [row(one) for one in self.training], [row(one) for one in self.evaluation]
 
+    def describe(self, files: Sequence[Path]) -> None:
+        """Put the captions of these files in place of the rows' own; an image that they lack has none.
+
+        Raises:
+            UserError: a file is no caption file, or which caption is whose is not clear.
+        """
+        captions = [caption for file in files for caption in read_captions(file)]
+        texts = match_captions(captions, [row.image for _, row in self.rows()])
+        self.change(lambda row: replace(row, text=texts.get(row.image) or None))
+
+    def report_twins(self, kind: str, root: Path, paths: Iterable[Path]) -> None:
+        """Note files of one folder that only their suffixes tell apart."""
+        stems: dict[str, Path] = {}
+        for path in paths:
+            if (first := stems.setdefault(path.stem, path)) != path:
+                self.report(f"{kind} that only their suffixes tell apart", f"{first.relative_to(root)} and {path.name}")
+
     def rows(self) -> list[tuple[str, Row]]:
         """Return (split, row) of everything."""
         return [("training", row) for row in self.training] + [("evaluation", row) for row in self.evaluation]
@@ -66,13 +83,3 @@ def sentences(problems: dict[str, list[str]]) -> list[str]:
         f"{kind}: {len(cases)} ({', '.join(cases[:MAX_EXAMPLES])}{', …' if len(cases) > MAX_EXAMPLES else ''})"
         for kind, cases in problems.items()
     ]
-
-
-def caption_of(captions: dict[str, str], image: Path) -> str | None:
-    """Return the caption whose image has this stem; None where that is missing or empty."""
-    return captions.get(image.stem) or None
-
-
-def merged_captions(files: list[Path]) -> dict[str, str]:
-    """Return captions by stem, of several files. UserError where one is no caption file."""
-    return {name: text for path in files for name, text in read_captions(path).items()}

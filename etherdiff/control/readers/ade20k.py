@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from etherdiff.control.readers import Listing, Row, caption_of, merged_captions
+from etherdiff.control.readers import Listing, Row
 from etherdiff.images.reading import list_images
 from etherdiff.system.errors import UserError
 
@@ -33,20 +33,24 @@ def read_ade20k(root: Path, captions: Path | None) -> Listing:
     if missing:
         raise UserError([f"ade20k: {folder} is missing" for folder in missing])
     nearby = [root / name for name in CAPTION_FILES] + [root.parent / name for name in CAPTION_FILES]
-    texts = merged_captions([captions] if captions else [path for path in nearby if path.is_file()])
     listing = Listing()
-    listing.training = _read_split(root, "training", texts, listing)
-    listing.evaluation = _read_split(root, "validation", texts, listing)
+    listing.training = _read_split(root, "training", listing)
+    listing.evaluation = _read_split(root, "validation", listing)
+    listing.describe([captions] if captions else [path for path in nearby if path.is_file()])
     kinds, splits = ("images", "annotations"), ("training", "validation")
     listing.note_left_out(root, *(f"{kind}/{split}" for kind in kinds for split in splits))
     return listing
 
 
-def _read_split(root: Path, split: str, texts: dict[str, str], listing: Listing) -> list[Row]:
-    images = {path.stem: path for path in list_images(root / "images" / split)}
-    maps = {path.stem: path for path in list_images(root / "annotations" / split)}
+def _read_split(root: Path, split: str, listing: Listing) -> list[Row]:
+    images: dict[str, Path] = {}
+    maps: dict[str, Path] = {}
+    for kind, folder, found in (("images", "images", images), ("label maps", "annotations", maps)):
+        files = list_images(root / folder / split)
+        listing.report_twins(kind, root, files)
+        found |= {path.stem: path for path in files}
     for stem in [stem for stem in images if stem not in maps]:
         listing.report("images without a label map", f"{split}/{images[stem].name}")
     for stem in [stem for stem in maps if stem not in images]:
         listing.report("label maps without an image", f"{split}/{maps[stem].name}")
-    return [Row(stem, path, maps[stem], caption_of(texts, path)) for stem, path in images.items() if stem in maps]
+    return [Row(stem, path, maps[stem], None) for stem, path in images.items() if stem in maps]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from etherdiff.control.readers import Listing, Row, caption_of, merged_captions
+from etherdiff.control.readers import Listing, Row
 from etherdiff.images.reading import list_images
 from etherdiff.system.errors import UserError
 from etherdiff.system.text import read_user_json
@@ -22,16 +22,19 @@ def read_coco(root: Path, captions: Path | None) -> Listing:
     missing = [str(path) for path in wanted if not path.exists()]
     if missing:
         raise UserError([f"coco-canny: {path} is missing" for path in missing])
-    named = merged_captions([captions]) if captions else None
     listing = Listing()
-    listing.training, listing.evaluation = (_read_split(root, split, named) for split in SPLITS)
+    listing.training, listing.evaluation = (_read_split(root, split, captions is None, listing) for split in SPLITS)
+    if captions is not None:
+        listing.describe([captions])
     listing.note_left_out(root, *SPLITS)
     return listing
 
 
-def _read_split(root: Path, split: str, named: dict[str, str] | None) -> list[Row]:
-    texts = _first_captions(_annotations(root, split)) if named is None else named
-    return [Row(path.stem, path, None, caption_of(texts, path)) for path in list_images(root / split)]
+def _read_split(root: Path, split: str, has_captions: bool, listing: Listing) -> list[Row]:
+    texts = _first_captions(_annotations(root, split)) if has_captions else {}
+    images = list_images(root / split)
+    listing.report_twins("images", root, images)
+    return [Row(path.stem, path, None, texts.get(path.name) or None) for path in images]
 
 
 def _annotations(root: Path, split: str) -> Path:
@@ -39,11 +42,11 @@ def _annotations(root: Path, split: str) -> Path:
 
 
 def _first_captions(path: Path) -> dict[str, str]:
-    """Return captions by image stem: of several captions, the one with the lowest id."""
+    """Return captions by the image's name: of several captions, the one with the lowest id."""
     content = read_user_json(path)
     try:
-        stems = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
+        names = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
         last_first = sorted(content["annotations"], key=lambda one: one["id"], reverse=True)
-        return {stems[one["image_id"]]: one["caption"].strip() for one in last_first if one["image_id"] in stems}
+        return {names[one["image_id"]]: one["caption"].strip() for one in last_first if one["image_id"] in names}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read as COCO's captions ({type(error).__name__}: {error})") from error

@@ -2,6 +2,8 @@
 
 import hashlib
 import os.path
+from collections.abc import Container
+from itertools import chain, count
 from pathlib import Path
 
 from etherdiff.control.captions import CONTROL_KEYS, IMAGE_KEYS, TEXT_KEYS, first_of, read_lines
@@ -42,9 +44,9 @@ def read_imagefolder(root: Path) -> Listing:
 
 def split_by_name(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     """Split into (training, evaluation): rows whose names' hashes are last are evaluated, whatever the order of the lines."""
-    count = min(MAX_EVALUATED, max(1, len(rows) // _SHARE)) if len(rows) > 1 else 0
+    evaluated = min(MAX_EVALUATED, max(1, len(rows) // _SHARE)) if len(rows) > 1 else 0
     last_first = sorted(rows, key=lambda row: hashlib.sha256(row.name.encode()).hexdigest(), reverse=True)
-    kept = {row.name for row in last_first[:count]}
+    kept = {row.name for row in last_first[:evaluated]}
     return [row for row in rows if row.name not in kept], [row for row in rows if row.name in kept]
 
 
@@ -54,6 +56,7 @@ def _split_folder(root: Path, names: tuple[str, ...]) -> Path | None:
 
 def _read_split(folder: Path, root: Path, listing: Listing) -> list[Row]:
     rows: dict[str, Row] = {}
+    named: set[str] = set()
     where = (folder / METADATA).relative_to(root)
     for number, entry in read_lines(folder / METADATA):
         image_name, control_name, text = (first_of(entry, keys) for keys in (IMAGE_KEYS, CONTROL_KEYS, TEXT_KEYS))
@@ -67,13 +70,20 @@ def _read_split(folder: Path, root: Path, listing: Listing) -> list[Row]:
             listing.report(f"paths that lead out of {root}", path)
         for path in missing:
             listing.report(f"files named in {where} that are not there", path)
-        name = "-".join(Path(image_name).with_suffix("").parts)  # names become file names
-        if name in rows:
+        if os.path.normpath(image_name) in named:
             listing.report(f"images named twice in {where}", image_name)
         elif not escaping and not missing:
+            named.add(os.path.normpath(image_name))
+            name = _new_name("-".join(Path(image_name).with_suffix("").parts), rows)
             caption = text.strip() if isinstance(text, str) else ""
             rows[name] = Row(name, paths[0], paths[1] if control_name is not None else None, caption or None)
     return list(rows.values())
+
+
+def _new_name(wanted: str, taken: Container[str]) -> str:
+    """Return what becomes a file name: of a-1.png, a/1.png and a/1.jpg, the second and third are numbered."""
+    numbered = (f"{wanted}-{number}" for number in count(2))
+    return next(name for name in chain([wanted], numbered) if name not in taken)
 
 
 def _is_name(value: object) -> bool:
