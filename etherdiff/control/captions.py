@@ -13,8 +13,7 @@ from etherdiff.system.errors import UserError
 from etherdiff.system.files import file_hash
 from etherdiff.system.paths import cache_dir
 from etherdiff.system.terminal import track
-from etherdiff.system.text import read_user_json, read_user_text
-from etherdiff.system.words import listed
+from etherdiff.system.text import listed, read_user_json, read_user_text
 
 BLIP = "Salesforce/blip-image-captioning-base"
 MAX_NEW_TOKENS = 40
