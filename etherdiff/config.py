@@ -384,8 +384,10 @@ class ExportOptions(Options):
     """What to write of a run's adapter for another tool."""
 
     output: Path = Field(description="file (.safetensors) or folder to write")
-    format: Literal["lora", "kohya", "peft"] = Field(
-        "lora", description="lora (diffusers), kohya (WebUI, ComfyUI, sd-scripts) or peft"
+    format: Literal["kohya", "lora", "peft"] = Field(
+        "kohya",
+        description="kohya (one file for ComfyUI, A1111, Forge, sd-scripts, InvokeAI, diffusers and others), "
+        "lora (diffusers' own key names, for diffusers and PEFT alone) or peft (folder)",
     )
     scale: float = Field(1.0, description="multiplies the adapter's update")
 

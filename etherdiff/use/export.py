@@ -29,6 +29,8 @@ from etherdiff.use.generate import run_source
 from etherdiff.use.proof import PROOF_PROMPT, TOLERANCE, predict, prove, refuse_existing, refuse_unfit_file, trained_on
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
+MIN_KOHYA_RANK = 2
+"""stable-diffusion.cpp drops a matrix's trailing 1 and then finds no rank: a file of rank 1 does nothing there."""
 SD_VERSIONS = {768: "sd_v1", 1024: "sd_v2"}  # width of the text embeddings -> sd-scripts' name of the version
 
 
@@ -55,12 +57,12 @@ def export_adapter(
 ) -> dict[str, Any]:
     """Write an adapter as a LoRA file, or copy it as a PEFT folder.
 
-    lora: diffusers' `load_lora_weights` reads it. kohya: sd-scripts' key names, for WebUI and ComfyUI too. Both are
-    float32 and exact on `base` alone, with `scale` inside; output is a folder, which gets the standard file name, or a
-    path that ends in .safetensors. peft: the adapter's own folder; its scale is chosen where it is loaded.
+    kohya: sd-scripts' key names, which every program reads. lora: diffusers' own names, which no other program reads.
+    Both are float32 and exact on `base` alone, with `scale` inside; output is a folder, which gets the standard file
+    name, or a path that ends in .safetensors. peft: the adapter's own folder; its scale is chosen where it is loaded.
 
-    Returns path, files and same_base (None: not recorded); for a LoRA also layers, rank (the largest),
-    max_abs_difference and relative_difference of one denoising pass.
+    Returns path, files and same_base (None: not recorded); for a LoRA also layers, rank (the largest of the updates;
+    a kohya file is padded to MIN_KOHYA_RANK), max_abs_difference and relative_difference of one denoising pass.
     Raises UserError where the adapter is for another base, cannot be exact as a LoRA, or the output exists; ProofError
     where the file does not do what the adapter does. Both leave nothing behind.
     """
@@ -126,9 +128,9 @@ def _diffusers_tensors(factors: Factors) -> dict[str, Tensor]:
 def _kohya_tensors(factors: Factors) -> dict[str, Tensor]:
     """sd-scripts' names, with alpha = rank, so that every reader's factor alpha / rank is one.
 
-    Where ranks differ, all are padded with zeros to the largest: diffusers 0.42 loses track of each layer's own alpha.
+    All are padded with zeros to one rank: where ranks differ, diffusers 0.42 loses track of each layer's own alpha.
     """
-    rank = _largest_rank(factors)
+    rank = _kohya_rank(factors)
     tensors: dict[str, Tensor] = {}
     for name, (down, up) in factors.items():
         key, lacking = "lora_unet_" + name.replace(".", "_"), rank - len(down)
@@ -144,6 +146,10 @@ def _largest_rank(factors: Factors) -> int:
     return max(len(down) for down, _ in factors.values())
 
 
+def _kohya_rank(factors: Factors) -> int:
+    return max(_largest_rank(factors), MIN_KOHYA_RANK)
+
+
 def _metadata(base: Base, factors: Factors, kohya: bool) -> dict[str, str]:
     """The safetensors header's texts: where the file comes from, and what its format's readers look for."""
     name = Path(base.name).name if base.local_path == Path(base.name).expanduser().resolve() else base.name
@@ -153,7 +159,7 @@ def _metadata(base: Base, factors: Factors, kohya: bool) -> dict[str, str]:
         "base_fingerprint": json.dumps(fingerprint(base), sort_keys=True),
         "note": "exact only on this base",
     }
-    return common | (_kohya_metadata(base, name, _largest_rank(factors)) if kohya else _diffusers_metadata(factors))
+    return common | (_kohya_metadata(base, name, _kohya_rank(factors)) if kohya else _diffusers_metadata(factors))
 
 
 def _diffusers_metadata(factors: Factors) -> dict[str, str]:

@@ -22,6 +22,7 @@ from etherdiff import __version__
 from etherdiff.adapters import io
 from etherdiff.adapters.io import load_adapter, read_adapter, save_adapter
 from etherdiff.adapters.methods import METHODS, MethodOptions, add_adapter, trainable_parameters
+from etherdiff.config import ExportOptions
 from etherdiff.families import bases, sd1
 from etherdiff.families.bases import shipped_config
 from etherdiff.system.errors import ProofError, UserError
@@ -363,6 +364,24 @@ def test_kohya_files_have_sd_scripts_names_and_metadata(outputs):
         "ss_network_alpha": "4",
         "ss_sd_model_name": "tiny",
     }
+
+
+@pytest.mark.parametrize("method", ["ether", "ether+one-sided", "ether+"])
+def test_a_kohya_file_has_no_matrix_whose_rank_is_lost_with_trailing_ones(method, outputs):
+    path, report = outputs[method, "kohya"]
+    tensors, own = load_file(path), load_file(outputs[method, "lora"][0])
+    rank = max(report["rank"], 2)
+    for name in [key.removesuffix(".lora_A.weight") for key in own if key.endswith(".lora_A.weight")]:
+        key = "lora_unet_" + name.removeprefix("unet.").replace(".", "_")
+        down, up = tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"]
+        assert len(down) == up.shape[1] == tensors[f"{key}.alpha"] == rank
+        assert torch.allclose(up @ down, own[f"{name}.lora_B.weight"] @ own[f"{name}.lora_A.weight"], atol=1e-6)
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["ss_network_dim"] == file.metadata()["ss_network_alpha"] == str(rank)
+
+
+def test_the_file_that_opens_everywhere_is_the_default(tmp_path):
+    assert ExportOptions(output=tmp_path).format == "kohya"
 
 
 @pytest.mark.parametrize(
