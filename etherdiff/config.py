@@ -38,6 +38,12 @@ def _split_commas(value: Any) -> Any:
     return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
 
 
+def _within_seeds(first: Any, count: int) -> None:
+    """ValueError where a later image's seed would be too large. first: the first image's; None where that is wrong."""
+    if isinstance(first, int) and first + count > 2**63:
+        raise ValueError(f"the last image's seed would be beyond 2^63: with {count} images the seed is at most {2**63 - count}")
+
+
 SPLIT_COMMAS = BeforeValidator(_split_commas, json_schema_input_type=str | list[str])
 Listed = Annotated[T, SPLIT_COMMAS]
 """Names, also as one text with commas between them."""
@@ -257,15 +263,23 @@ class GenerateOptions(Options):
     control: Path | None = Field(
         None, description="control file of a controllable run (label map, edges, landmarks), or a folder of them"
     )
-    control_scale: float = Field(1.0, description="multiplies the hint of the control; 0 is no control")
+    control_scale: float = Field(1.0, ge=-100, le=100, description="multiplies the hint of the control; 0 is no control")
     guide_control: bool = Field(False, description=GUIDE_CONTROL)
     steps: int | None = Field(None, ge=1, description="denoising steps [default: 25 of DPM-Solver++; with control 50 of DDIM]")
-    guidance_scale: float | None = Field(None, description="strength of the prompt [default: 7.5; with control 9]")
+    guidance_scale: float | None = Field(
+        None, ge=0, le=100, description="strength of the prompt [default: 7.5; with control 9]"
+    )
     negative_prompt: str = Field("", description="what the images should not show")
     resolution: int | None = Field(None, ge=1, description="side of the images in pixels [default: the base's]")
-    scale: float = Field(1.0, description="multiplies the adapter's update; 0 is the base")
+    scale: float = Field(1.0, ge=-100, le=100, description="multiplies the adapter's update; 0 is the base")
     device: DeviceName = Field("auto", description="where to compute: auto, cpu, cuda or mps")
     offload: bool = Field(False, description="move each model to the GPU only while it runs")
+
+    @field_validator("seed")
+    @classmethod
+    def _has_seeds(cls, seed: int, others: ValidationInfo) -> int:
+        _within_seeds(seed, others.data.get("num", 1))
+        return seed
 
 
 class EvalOptions(Options):
@@ -303,6 +317,12 @@ class SubjectEvalOptions(EvalOptions):
     checkpoint: str = Field("last", description="what to score: last (the result), best or step-N")
     base: bool = Field(True, description="draw and score the base's own images as well")
 
+    @field_validator("num")
+    @classmethod
+    def _has_seeds(cls, num: int, others: ValidationInfo) -> int:
+        _within_seeds(others.data.get("seed"), num)
+        return num
+
 
 class ControlEvalOptions(EvalOptions):
     """How to score a controllable run."""
@@ -311,7 +331,7 @@ class ControlEvalOptions(EvalOptions):
     num_maps: int | None = Field(
         None, ge=1, description="maps to draw from [default: all of the evaluation split, at most 2000]"
     )
-    guidance_scale: float = Field(9.0, description="strength of the prompt")
+    guidance_scale: float = Field(9.0, ge=0, le=100, description="strength of the prompt")
     guide_control: bool = Field(False, description=GUIDE_CONTROL)
     shuffle_maps: bool = Field(False, description="also draw each prompt with another map, scored against its own")
     without_control: bool = Field(False, description="also draw without any map")
@@ -375,7 +395,7 @@ class MergeOptions(Options):
     """What to write of a run as a pipeline."""
 
     output: Path = Field(description="folder for the pipeline; must be empty or not exist")
-    scale: float = Field(1.0, description="multiplies the adapter's update")
+    scale: float = Field(1.0, ge=-100, le=100, description="multiplies the adapter's update")
     dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="precision of the UNet: fp32, fp16 or bf16")
     single_file: Path | None = Field(None, description="also write one .safetensors checkpoint, for WebUI and ComfyUI")
 
@@ -389,7 +409,7 @@ class ExportOptions(Options):
         description="kohya (one file for ComfyUI, A1111, Forge, sd-scripts, InvokeAI, diffusers and others), "
         "lora (diffusers' own key names, for diffusers and PEFT alone) or peft (folder)",
     )
-    scale: float = Field(1.0, description="multiplies the adapter's update")
+    scale: float = Field(1.0, ge=-100, le=100, description="multiplies the adapter's update")
 
 
 class InspectOptions(Options):

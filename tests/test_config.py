@@ -260,10 +260,15 @@ WRONG = [
     (config_module.ResumeOptions, {"steps": 0, "on_nan": "go on"}),
     (config_module.GenerateOptions, {"num": 0, "batch_size": 0, "seed": 2**63, "steps": 0, "resolution": -1, "device": "gpu"}),
     (config_module.GenerateOptions, {"scale": "nan", "control_scale": "inf", "guidance_scale": "nan", "output": "a\0b"}),
+    (config_module.GenerateOptions, {"scale": 1e30, "control_scale": -101, "guidance_scale": 1e38, "num": "two"}),
+    (config_module.GenerateOptions, {"guidance_scale": -1, "seed": 2**63 - 3}),
+    (config_module.SubjectEvalOptions, {"num": 2**63 + 1}),
+    (config_module.ControlEvalOptions, {"guidance_scale": 101}),
     (config_module.SubjectEvalOptions, {"num": 0, "seed": -1, "steps": 0, "batch_size": 0, "device": "gpu"}),
     (config_module.ControlEvalOptions, {"num_maps": 0, "seed": 2**63, "guidance_scale": "inf", "real": "perhaps"}),
     (config_module.TableOptions, {"share": 0, "format": "pdf", "paper": 3}),
     (config_module.MergeOptions, {"scale": "nan", "dtype": "fp8"}),
+    (config_module.MergeOptions, {"scale": 101}),
     (config_module.ExportOptions, {"scale": "-inf", "format": "gguf"}),
     (config_module.InspectOptions, {"task": "s3i", "method": ["none"], "targets": "all", "blocks": 0, "rank": 0}),
     (config_module.CheckOptions, {"signal": "smell"}),
@@ -277,6 +282,12 @@ def test_what_is_out_of_bounds_is_refused_at_once(cls, values):
     with pytest.raises(UserError) as caught:
         read_config(cls, None, [], needed | values)
     assert {problem.split(":")[0].split(".")[0] for problem in caught.value.problems} == values.keys()
+
+
+def test_every_image_has_a_seed_within_bounds():
+    """The last one may have the largest."""
+    last = {"seed": 2**63 - 5, "num": 5}
+    assert config_module.SubjectEvalOptions(**last).num == config_module.GenerateOptions(output="x", **last).num == 5
 
 
 def test_names_may_have_commas_between_them():

@@ -78,8 +78,7 @@ def evaluate(run: Run, options: EvalOptions) -> dict[str, Any]:
         plan = plan_evaluation(run, options)
         with run_lock(plan.folder):
             remove_temporary(plan.folder, also_of_live_processes=True)
-            claim_sets(plan)
-            draw_missing(plan, seconds)
+            draw_missing(plan, find_stale(plan), seconds)
             with timed(seconds, "score"):
                 result = score_sets(plan)
             if isinstance(plan.sets, ControlImageSets):
@@ -111,8 +110,8 @@ def plan_evaluation(run: Run, options: EvalOptions) -> EvalPlan:
 # --- Images ----------------------------------------------------------------------------------------------------------
 
 
-def claim_sets(plan: EvalPlan) -> None:
-    """Take up the images that are there, or remove them where they are to be overwritten. UserError where neither may be."""
+def find_stale(plan: EvalPlan) -> list[str]:
+    """Name the sets whose images are to be overwritten; the others' are taken up. UserError where neither may be."""
     problems, stale = Problems(), []
     for images in plan.sets.sets:
         if found := why_not_these(plan, images):
@@ -120,8 +119,7 @@ def claim_sets(plan: EvalPlan) -> None:
             stale.append(images.name)
     if not plan.options.overwrite:
         problems.raise_if_any()
-    for name in stale:
-        shutil.rmtree(plan.folder / name)
+    return stale
 
 
 def why_not_these(plan: EvalPlan, images: ImageSet) -> str | None:
@@ -141,12 +139,15 @@ def why_not_these(plan: EvalPlan, images: ImageSet) -> str | None:
     return f"{place} holds images made with other settings ({'; '.join(found)}): pass --overwrite to draw them anew"
 
 
-def draw_missing(plan: EvalPlan, seconds: dict[str, float]) -> None:
-    """Bring real images to their squares, then draw what is missing of each set; the model is loaded if anything is."""
+def draw_missing(plan: EvalPlan, stale: Sequence[str], seconds: dict[str, float]) -> None:
+    """Bring real images to their squares, then draw what is missing of each set; the model is loaded if anything is.
+
+    A stale set's images are removed when the first batch of those that replace them has been drawn.
+    """
     todo = {
         images.name: batches
         for images in sorted(plan.sets.sets, key=lambda images: images.read is None)
-        if (batches := [batch for batch in images.batches if plan.missing(batch)])
+        if (batches := [batch for batch in images.batches if images.name in stale or plan.missing(batch)])
     }
     draw = None
     for name, batches in todo.items():
@@ -154,17 +155,27 @@ def draw_missing(plan: EvalPlan, seconds: dict[str, float]) -> None:
         if images.read is None and draw is None:
             with timed(seconds, "load"):
                 draw = plan.sets.load(resolve_device(plan.options.device))
-        write_set(plan.folder, name, plan.settings(images))
         with timed(seconds, name):
             if draw is None:
+                begin_set(plan, images, stale)
                 write_squares(plan, images)
                 continue
             for batch in track(batches, "drawing" if name == IMAGES else f"drawing, {images.title}"):
+                drawn = draw(images, batch)
+                if batch is batches[0]:
+                    begin_set(plan, images, stale)
                 missing = plan.missing(batch)
-                for picture, pixels in zip(batch, draw(images, batch), strict=True):
+                for picture, pixels in zip(batch, drawn, strict=True):
                     if picture in missing:
                         facts = {"prompt": picture.text, "seed": picture.seed, **images.facts}
                         save_picture(plan.folder / picture.place, pixels, facts)
+
+
+def begin_set(plan: EvalPlan, images: ImageSet, stale: Sequence[str]) -> None:
+    """Remove a stale set's images, and record what the new ones are made with."""
+    if images.name in stale:
+        shutil.rmtree(plan.folder / images.name)
+    write_set(plan.folder, images.name, plan.settings(images))
 
 
 def write_squares(plan: EvalPlan, images: ImageSet) -> None:

@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from etherdiff.images.png import save_png
 from etherdiff.images.sheets import contact_sheet
+from etherdiff.system.errors import RunError
 
 T = TypeVar("T")
 PAPER_SAMPLING: dict[str, Any] = {"sampler": "DPM++ 2M", "steps": 25, "guidance_scale": 7.5}
@@ -32,9 +35,12 @@ def sample(
 
     prompt: one for all seeds, or one for each; None where `more` holds embeddings of them. `more` goes to the pipeline:
     embeddings, a negative prompt, or control images (see `StableDiffusionS2IPipeline`).
+
+    Raises:
+        RunError: an image that is not finite, which would be saved as a black one.
     """
     prompts = 1 if isinstance(prompt, str) else len(more["prompt_embeds"] if prompt is None else prompt)
-    return pipeline(
+    drawn = pipeline(
         prompt,
         height=resolution,
         width=resolution,
@@ -42,8 +48,16 @@ def sample(
         guidance_scale=guidance_scale,
         num_images_per_prompt=len(seeds) // prompts,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="np",
         **more,
     ).images
+    if not np.isfinite(drawn).all():
+        seed = next(seed for seed, pixels in zip(seeds, drawn, strict=True) if not np.isfinite(pixels).all())
+        raise RunError(
+            f"the image of seed {seed} came out as NaN or infinite, and is not saved: the weights or the settings drive the "
+            "UNet too far. Try a guidance scale or an adapter's scale nearer to 1, or other steps"
+        )
+    return VaeImageProcessor.numpy_to_pil(drawn)
 
 
 def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:

@@ -69,6 +69,12 @@ class Base:
             return []
         return [f"resolution: must be a multiple of {self.resolution_step} for this base, not {resolution}"]
 
+    def steps_problems(self, steps: int, name: str = "steps") -> list[str]:
+        """Return why the base cannot draw in so many denoising steps. name: the option's."""
+        # with more, samplers visit a timestep twice, or one that the schedule does not have
+        most = int(self.config("scheduler").get("num_train_timesteps", 1000)) - 2
+        return [] if steps <= most else [f"{name}: the base's noise schedule allows at most {most}, not {steps}"]
+
 
 @dataclass
 class StableDiffusion:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from etherdiff.config import ControlEvalOptions, S2IConfig
 from etherdiff.control.datasets import ControlDataset, Pair
+from etherdiff.families.bases import find_base
 from etherdiff.families.sampling import S2I_SAMPLING, chunks, sample, slug
 from etherdiff.images.crops import resize_and_crop
 from etherdiff.images.reading import UnreadableImage, read_image
@@ -141,6 +142,9 @@ def find_control_sets(run: Run, options: ControlEvalOptions) -> ControlImageSets
     """Find what a controllable run is judged by. UserError with everything that is wrong."""
     run, config = open_control_run(run.path)
     dataset = run_dataset(config, config.data_root, int(config.resolution or 0))
+    base = find_base(config.base, config.prediction_type, "configs")
+    if wrong := base.steps_problems(options.steps):
+        raise UserError(wrong)
     pairs = choose_pairs(dataset, options)
     if wrong := [f"{pair.control}: {found}" for pair in pairs for found in dataset.signal.problems(pair.control)]:
         raise UserError(wrong[:20])
@@ -157,6 +161,8 @@ def choose_pairs(dataset: ControlDataset, options: ControlEvalOptions) -> tuple[
     pairs = dataset.evaluation[: options.num_maps or MAX_MAPS]
     if options.shuffle_maps and len(pairs) < 2:
         raise UserError("shuffle_maps: one map cannot be exchanged for another")
+    if options.seed + len(pairs) > 2**63:
+        raise UserError(f"seed: with {len(pairs)} images it is at most {2**63 - len(pairs)}, since each has the next seed")
     return tuple(pairs)
 
 

@@ -68,6 +68,8 @@ def plan_dreambooth(config: DreamBoothConfig, resuming: bool = False) -> DreamBo
     common = check_common(config, problems, f"{Path(config.subject).name}-{config.method}", resuming)
     subject, noun = check_subject(config, problems, common)
     photos = problems.then(subject, lambda found: read_photos(found.images, config.skip_bad))
+    steps = config.class_sampling_steps
+    problems.then(common.base, lambda found: problems.add(*found.steps_problems(steps, "class_sampling_steps")))
     base, options, resolution = problems.settle(common.base, common.options, common.resolution)
     found_subject, found_photos, class_noun = problems.settle(subject, photos, noun)
     resolved = config.model_copy(

@@ -117,6 +117,7 @@ def find_subject_sets(run: Run, options: SubjectEvalOptions) -> SubjectImageSets
     base = problems.attempt(find_base, config.base, config.prediction_type, "configs")
     subject = problems.attempt(find_subject, config.subject, config.data_root)
     problems.then(subject, lambda found: refuse_other_images(run, config, found))
+    problems.then(base, lambda found: problems.add(*found.steps_problems(options.steps)))
     texts = problems.attempt(find_texts, config, options)
     found_base, found_subject, found_trained, found_texts = problems.settle(base, subject, trained, texts)
     sets = SubjectImageSets(run, options, found_base, found_subject, found_trained, found_texts)

@@ -20,7 +20,7 @@ from etherdiff.eval.evaluate import evaluate, plan_evaluation, render
 from etherdiff.eval.paper import paper_of_subject
 from etherdiff.images.png import read_png_settings
 from etherdiff.runs.run import Run
-from etherdiff.system.errors import UserError
+from etherdiff.system.errors import RunError, UserError
 from etherdiff.tasks import subject_sets
 from etherdiff.tasks.subjects import EvalPrompt, make_prompts
 
@@ -240,6 +240,25 @@ def test_another_adapter_needs_new_images_but_not_of_the_base(scored, run, optio
     # the checkpoint holds the same weights as the adapter
     assert again["scores"]["dino"]["mean"] == pytest.approx(result["scores"]["dino"]["mean"], abs=1e-4)
     assert again["run"]["checkpoint"] == "step-1"
+
+
+def test_images_are_overwritten_only_when_others_can_be_drawn(scored, run, options, monkeypatch):
+    whole, _, _ = scored
+    shutil.copytree(whole / "eval", run / "eval")
+    before = {path: path.read_bytes() for path in (run / "eval").rglob("*") if path.is_file()}
+
+    def fail(*_, **__):
+        raise RunError("not finite")
+
+    monkeypatch.setattr(subject_sets, "sample", fail)
+    with pytest.raises(RunError, match="not finite"):
+        evaluate(Run.open(run), options(steps=3, overwrite=True))
+    assert before.items() <= {path: path.read_bytes() for path in (run / "eval").rglob("*") if path.is_file()}.items()
+
+
+def test_steps_beyond_the_schedule_are_refused(run, options):
+    with pytest.raises(UserError, match="steps: the base's noise schedule allows at most 998, not 999"):
+        evaluate(Run.open(run), options(steps=999))
 
 
 def test_where_nothing_is_missing_the_batch_size_does_not_matter(scored, run, options):

@@ -72,8 +72,8 @@ class FollowsControl:
         for control, one in zip(control_image, generator, strict=True):
             noise = torch.randint(-20, 21, (height, width, 3), generator=one).numpy()
             pixels = np.asarray(control).astype(int) * control_scale + 100 * (1 - control_scale)
-            images.append(Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8)))
-        return SimpleNamespace(images=images)
+            images.append(np.clip(pixels + noise, 0, 255).astype(np.uint8) / 255)
+        return SimpleNamespace(images=np.stack(images))
 
 
 class NearestColour(ReadBack):
@@ -154,7 +154,12 @@ def test_images_lie_by_pair_and_seed_and_say_how_they_were_made(run, pipeline):
     expected = {"prompt": "a scene with number 1", "seed": 6, "sampler": "DDIM", "steps": 50, "guidance_scale": 9.0}
     assert said == said | expected | {"control": "the pair's own", "run_sha256": result["run"]["weights_sha256"]}
     assert [call[0] for call in pipeline.calls] == [[f"a scene with number {n}" for n in part] for part in (range(3), [3])]
-    assert pipeline.calls[0][2] == {"num_inference_steps": 50, "guidance_scale": 9.0, "guide_control": False}
+    assert pipeline.calls[0][2] == {
+        "num_inference_steps": 50,
+        "guidance_scale": 9.0,
+        "guide_control": False,
+        "output_type": "np",
+    }
     sheet = Image.open(run / "eval/sheet.png")
     assert sheet.height > 4 * 128
     assert set(json.loads((run / "eval/cost.json").read_text())["seconds"]) == {"load", "images", "real_images", "score"}
@@ -227,7 +232,9 @@ def test_intervals_are_over_images(run, pipeline, monkeypatch):
     def wrong(self, prompt, *, generator, **given):
         images = right(self, prompt, generator=generator, **given).images
         late = [one.initial_seed() >= MAPS // 2 for one in generator]
-        return SimpleNamespace(images=[i.rotate(90) if is_late else i for i, is_late in zip(images, late, strict=True)])
+        return SimpleNamespace(
+            images=np.stack([np.rot90(i) if is_late else i for i, is_late in zip(images, late, strict=True)])
+        )
 
     monkeypatch.setattr(FollowsControl, "__call__", wrong)
     one = evaluated(run, options())["scores"]["accuracy"]
@@ -458,7 +465,12 @@ def test_the_command_judges_a_run_by_its_task(run, pipeline, monkeypatch, capsys
     result = json.loads(capsys.readouterr().out)
     assert result["scores"]["miou"]["n"] == 3
     assert set(result["beside"]) == {"shuffled_images"}
-    assert pipeline.calls[0][2] == {"num_inference_steps": 2, "guidance_scale": 9.0, "guide_control": False}
+    assert pipeline.calls[0][2] == {
+        "num_inference_steps": 2,
+        "guidance_scale": 9.0,
+        "guide_control": False,
+        "output_type": "np",
+    }
     assert not command(monkeypatch, run, "--num-maps", 3, "--metrics", "miou", "--device", "cpu", "--steps", 2)
     assert "miou" in capsys.readouterr().out
 

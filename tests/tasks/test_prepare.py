@@ -12,6 +12,7 @@ from subject_photos import draw_subject
 from etherdiff.config import DreamBoothConfig
 from etherdiff.families.sd1 import make_pipeline
 from etherdiff.images.png import read_png_settings
+from etherdiff.system.errors import UserError
 from etherdiff.tasks import dreambooth
 from etherdiff.tasks.dreambooth import class_seed, make_class_images, plan_dreambooth
 
@@ -50,6 +51,11 @@ def plan(subject, **options):
 
 def process(index: int = 0, of: int = 1):
     return SimpleNamespace(process_index=index, num_processes=of, device=torch.device("cpu"), wait_for_everyone=lambda: None)
+
+
+def test_more_steps_than_the_schedule_has_are_refused(subject):
+    with pytest.raises(UserError, match="class_sampling_steps: the base's noise schedule allows at most 998, not 999"):
+        plan(subject, class_sampling_steps=999)
 
 
 def test_class_images_are_made_once(subject, model, hashes, made):
