@@ -172,7 +172,7 @@ def train_s2i(options: c.S2IConfig) -> None:
 
 def _train(options: c.TrainConfig) -> None:
     if options.dry_run:
-        from etherdiff.use.dryrun import dry_run
+        from etherdiff.use.inspection import dry_run
 
         dry_run(options)
         return
@@ -361,7 +361,7 @@ def check_data(
 ) -> None:
     """Read every image and control: what is unreadable, mismatched, outside the palette, without a caption, or there twice."""
     from etherdiff.control import check
-    from etherdiff.system.paths import data_root
+    from etherdiff.system.files import data_root
 
     root = data_root(options.data_root)
     report = check.check_dataset(dataset, root, signal=options.signal, palette=options.palette, captions=options.captions)
@@ -446,7 +446,7 @@ def main() -> None:
         _print_once([str(stop)])
         sys.exit(128 + stop.number)
     except Exception as error:
-        from etherdiff.system.faults import machine_fault
+        from etherdiff.system.devices import machine_fault
 
         if (fault := machine_fault(error)) is None:
             raise

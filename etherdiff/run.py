@@ -16,9 +16,8 @@ from etherdiff.runs.folder import RunFolder, write_settings
 from etherdiff.runs.model import refuse_other_base
 from etherdiff.runs.run import Run
 from etherdiff.system import signals
-from etherdiff.system.devices import DTYPES
+from etherdiff.system.devices import DTYPES, explained
 from etherdiff.system.errors import NotFiniteError, Stopped, UserError
-from etherdiff.system.faults import explained
 from etherdiff.system.locks import LOCK, run_lock
 from etherdiff.system.terminal import say
 from etherdiff.tasks import plan_training

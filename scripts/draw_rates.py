@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from PIL import Image, ImageDraw
 
-from etherdiff.images.sheets import contact_sheet
+from etherdiff.images.writing import contact_sheet
 from etherdiff.results.keys import value_of
 from etherdiff.results.runs import collect
 

@@ -17,7 +17,7 @@ import typer
 from PIL import Image
 
 from etherdiff.images.reading import read_image
-from etherdiff.images.sheets import contact_sheet
+from etherdiff.images.writing import contact_sheet
 from etherdiff.runs.model import open_control_run, run_dataset
 from etherdiff.system.terminal import quiet_libraries, say
 

@@ -21,12 +21,12 @@ from PIL import Image
 from tiny_world.data import to_tensor
 from transformers import UperNetForSemanticSegmentation
 
-from etherdiff.images.sheets import contact_sheet
-from etherdiff.system.paths import ASSETS
+from etherdiff.images.writing import contact_sheet
+from etherdiff.system.files import ASSETS
 from etherdiff.system.terminal import quiet_libraries, say
 from etherdiff.tiny.captions import ON, UNDER
 from etherdiff.tiny.dreambooth import PROMPTS, subject_folder
-from etherdiff.tiny.subjects import SUBJECTS
+from etherdiff.tiny.things import SUBJECTS
 from etherdiff.tiny.world import CLASSES, GROUNDS, SKIES
 
 SCORES = ("dino_held_out", "clip_i_held_out", "clip_t")

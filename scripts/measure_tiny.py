@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoTokenizer, CLIPModel, ResNetForImageClas
 from etherdiff.families.bases import find_base
 from etherdiff.families.sampling import sample
 from etherdiff.families.sd1 import load_base, make_pipeline
-from etherdiff.system.paths import ASSETS
+from etherdiff.system.files import ASSETS
 from etherdiff.system.terminal import quiet_libraries, say, track
 from etherdiff.tiny.world import Scene, render_scene
 

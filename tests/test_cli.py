@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import etherdiff
 from etherdiff import cli, config
 from etherdiff.config import DreamBoothConfig
-from etherdiff.images.png import read_png_settings
+from etherdiff.images.writing import read_png_settings
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("another_process")]
 COMMANDS = typer.main.get_command(cli.app).commands

@@ -24,7 +24,7 @@ from etherdiff.adapters.methods import METHODS
 from etherdiff.config import DreamBoothConfig, GenerateOptions, InspectOptions
 from etherdiff.families.bases import find_base
 from etherdiff.families.sd1 import fingerprint, load_base
-from etherdiff.images.png import read_png_settings
+from etherdiff.images.writing import read_png_settings
 from etherdiff.run import resume, train_dreambooth
 from etherdiff.system.errors import UserError
 from etherdiff.tiny import tiny_folder

@@ -21,7 +21,7 @@ from etherdiff.sweeps.spec import Sweep, Variant, read_sweep
 from etherdiff.system.errors import UserError
 from etherdiff.tasks.planning import check_options, method_options, try_adapter
 from etherdiff.tasks.subjects import SUBJECT_CLASSES
-from etherdiff.tiny.subjects import SUBJECTS
+from etherdiff.tiny.things import SUBJECTS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted((CONFIGS / "sweeps").glob("*/*.yaml"))

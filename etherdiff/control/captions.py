@@ -10,8 +10,7 @@ from typing import Any
 
 from etherdiff.images.reading import read_image
 from etherdiff.system.errors import UserError
-from etherdiff.system.files import file_hash
-from etherdiff.system.paths import cache_dir
+from etherdiff.system.files import cache_dir, file_hash
 from etherdiff.system.terminal import track
 from etherdiff.system.text import listed, read_user_json, read_user_text
 

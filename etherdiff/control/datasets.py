@@ -21,8 +21,7 @@ from etherdiff.control.readers.tiny_world import read_tiny_world
 from etherdiff.control.signals import find_signal, make_signal
 from etherdiff.control.signals.signal import Signal
 from etherdiff.system.errors import UserError
-from etherdiff.system.files import file_hash
-from etherdiff.system.paths import cache_dir
+from etherdiff.system.files import cache_dir, file_hash
 from etherdiff.system.terminal import progress_bar, warn
 from etherdiff.system.text import listed
 

@@ -21,7 +21,7 @@ from etherdiff.eval.networks import PRESETS, Backbone, choose_preset, find_backb
 from etherdiff.eval.scores import PromptImages, Scoring, score_images
 from etherdiff.families.sampling import PAPER_SAMPLING, sample, slug
 from etherdiff.families.sd1 import StableDiffusion, encode_prompts, make_pipeline
-from etherdiff.images.png import save_png
+from etherdiff.images.writing import save_png
 from etherdiff.runs.folder import RunFolder, read_metrics
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import staged_folder, write_json

@@ -27,8 +27,8 @@ from etherdiff.eval.judges import Judge, find_judge, find_networks, option_probl
 from etherdiff.eval.metrics import METRICS, metric_of
 from etherdiff.eval.networks import versions_of
 from etherdiff.families.sampling import sheet
-from etherdiff.images.png import save_png
 from etherdiff.images.reading import read_image
+from etherdiff.images.writing import save_png
 from etherdiff.runs.result import named_differences
 from etherdiff.runs.run import Run
 from etherdiff.system.devices import resolve_device

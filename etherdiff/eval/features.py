@@ -21,8 +21,7 @@ from etherdiff.eval.functional import lpips_distances
 from etherdiff.eval.networks import Backbone, Pixels, Preprocessing
 from etherdiff.images.reading import UnreadableImage, read_image
 from etherdiff.system.errors import UserError
-from etherdiff.system.files import digest, file_hash, save_tensors
-from etherdiff.system.paths import cache_dir
+from etherdiff.system.files import cache_dir, digest, file_hash, save_tensors
 
 MIN_IMAGES_FOR_WORKERS = 48
 """Images from which starting decoding processes takes less than it saves."""

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from etherdiff.system.devices import resolve_device
 from etherdiff.system.errors import UserError
-from etherdiff.system.files import digest, file_hash
+from etherdiff.system.files import ASSETS, digest, file_hash
 from etherdiff.system.hub import fetch
-from etherdiff.system.paths import ASSETS
 
 ROLES = ("dino", "clip", "lpips", "fid")
 TINY = "tiny:"

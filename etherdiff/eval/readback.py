@@ -17,7 +17,7 @@ from etherdiff.control.signals.segmentation import Segmentation
 from etherdiff.control.signals.signal import Signal
 from etherdiff.eval.folders import Segmenter, load_segmenter
 from etherdiff.eval.networks import PRESETS, versions_of
-from etherdiff.images.crops import resize_and_crop
+from etherdiff.images.reading import resize_and_crop
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import file_hash
 

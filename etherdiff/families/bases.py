@@ -10,9 +10,8 @@ from safetensors import SafetensorError, safe_open
 
 from etherdiff.families.sd1 import COMPONENTS, WEIGHTS, Base
 from etherdiff.system.errors import UserError
-from etherdiff.system.files import staged_file
+from etherdiff.system.files import ASSETS, cache_dir, staged_file
 from etherdiff.system.hub import fetch
-from etherdiff.system.paths import ASSETS, cache_dir
 
 ShippedName = Literal["sd15", "sd21"]
 ALIASES = {

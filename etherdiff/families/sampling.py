@@ -10,8 +10,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from etherdiff.images.png import save_png
-from etherdiff.images.sheets import contact_sheet
+from etherdiff.images.writing import contact_sheet, save_png
 from etherdiff.system.errors import RunError
 
 T = TypeVar("T")

@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 from etherdiff.adapters.analysis import LayerDrift
 from etherdiff.adapters.io import read_adapter
 from etherdiff.config import RunConfig, SubjectConfig
-from etherdiff.images.png import read_png_settings
+from etherdiff.images.writing import read_png_settings
 from etherdiff.runs.folder import read_metrics
 from etherdiff.runs.model import count_trained, find_local_base, measure_drift
 from etherdiff.runs.result import Best, Cost, EvalResult, Record, read_record
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
-from etherdiff.system.paths import data_root
+from etherdiff.system.files import data_root
 from etherdiff.tasks.subjects import find_subject
 from etherdiff.use.proof import trained_on
 

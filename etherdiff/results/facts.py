@@ -92,7 +92,7 @@ def _result_hash(folder: Path) -> str:
 
 
 def _step_flops(run: Run) -> float | None:
-    """Of the UNet in one optimizer step, forward and backward, counted by torch on the architecture (see `inspection`)."""
+    """Of the UNet in one optimizer step, forward and backward, counted by torch on the architecture (see `use.flops`)."""
     config = _trained(run)
     if config.method == "none":
         return None

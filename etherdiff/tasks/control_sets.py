@@ -15,8 +15,7 @@ from etherdiff.config import ControlEvalOptions, S2IConfig
 from etherdiff.control.datasets import ControlDataset, Pair
 from etherdiff.families.bases import find_base
 from etherdiff.families.sampling import S2I_SAMPLING, chunks, sample, slug
-from etherdiff.images.crops import resize_and_crop
-from etherdiff.images.reading import UnreadableImage, read_image
+from etherdiff.images.reading import UnreadableImage, read_image, resize_and_crop
 from etherdiff.runs.model import load_control_run, open_control_run, run_dataset
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError

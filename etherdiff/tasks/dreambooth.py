@@ -17,13 +17,11 @@ from etherdiff.adapters.methods import METHODS
 from etherdiff.config import DreamBoothConfig
 from etherdiff.families.sampling import PAPER_SAMPLING, sample, slug
 from etherdiff.families.sd1 import Base, StableDiffusion, encode_prompts, load_tokenizer, make_pipeline
-from etherdiff.images.crops import resize_and_crop, to_array
-from etherdiff.images.png import save_png
-from etherdiff.images.reading import Photos, read_image, read_photos
+from etherdiff.images.reading import Photos, read_image, read_photos, resize_and_crop, to_array
+from etherdiff.images.writing import save_png
 from etherdiff.runs.folder import RunFolder
 from etherdiff.system.errors import Problems
-from etherdiff.system.files import digest, remove_temporary
-from etherdiff.system.paths import cache_dir
+from etherdiff.system.files import cache_dir, digest, remove_temporary
 from etherdiff.system.terminal import track, warn
 from etherdiff.tasks.planning import TrainPlan, absolute, check_common, check_subject
 from etherdiff.tasks.samples import Sampler, Shot

@@ -16,8 +16,8 @@ from etherdiff.families.bases import Parts, find_base
 from etherdiff.families.sd1 import Base, load_tokenizer
 from etherdiff.system.devices import device_problem, resolve_device
 from etherdiff.system.errors import Answer, Problems, UserError
+from etherdiff.system.files import data_root
 from etherdiff.system.locks import LOCK
-from etherdiff.system.paths import data_root
 from etherdiff.system.terminal import is_main_process, warn
 from etherdiff.tasks.subjects import Subject, find_subject, photo_of
 

@@ -23,13 +23,12 @@ from etherdiff.control.datasets import ControlDataset, Pair
 from etherdiff.control.pipeline import HintEncoder
 from etherdiff.families.sampling import S2I_SAMPLING
 from etherdiff.families.sd1 import StableDiffusion, encode_prompts
-from etherdiff.images.crops import to_array
+from etherdiff.images.reading import to_array
 from etherdiff.runs.folder import RunFolder
 from etherdiff.runs.model import load_hint_encoder, make_s2i_pipeline, open_control_run, run_dataset
 from etherdiff.system.devices import DTYPES
 from etherdiff.system.errors import Problems, UserError
-from etherdiff.system.files import copy_folder, remove_temporary, unchanged_file_hash
-from etherdiff.system.paths import cache_dir
+from etherdiff.system.files import cache_dir, copy_folder, remove_temporary, unchanged_file_hash
 from etherdiff.system.terminal import track
 from etherdiff.tasks.control_sets import find_control_sets, square
 from etherdiff.tasks.planning import TrainPlan, absolute, check_common

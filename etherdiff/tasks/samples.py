@@ -15,7 +15,7 @@ from etherdiff.config import TrainConfig
 from etherdiff.control.pipeline import HintEncoder
 from etherdiff.families.sampling import chunks, sample, sheet
 from etherdiff.families.sd1 import StableDiffusion, encode_prompts
-from etherdiff.images.png import save_png
+from etherdiff.images.writing import save_png
 from etherdiff.runs.folder import RunFolder
 
 SAMPLES_AT_ONCE = 4

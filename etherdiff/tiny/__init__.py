@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from etherdiff.system.paths import ASSETS
+from etherdiff.system.files import ASSETS
 
 
 def tiny_folder() -> Path:

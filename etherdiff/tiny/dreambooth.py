@@ -4,8 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from etherdiff.system.files import make_once
-from etherdiff.system.paths import cache_dir
+from etherdiff.system.files import cache_dir, make_once
 from etherdiff.tiny.world import render_subject
 
 IMAGES = 5

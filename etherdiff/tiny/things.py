@@ -1,6 +1,7 @@
-"""The tiny world's things: ten kinds drawn from signed distances, each plain or patterned, with or without an outline.
+"""The tiny world's things and subjects.
 
-Their ten colours vary around their names.
+Things are of ten kinds, drawn from signed distances, each plain or patterned, with or without an outline. Their ten colours
+vary around their names. A DreamBooth subject is one thing, whose pattern and colours no training scene combines.
 """
 
 import colorsys
@@ -277,3 +278,54 @@ _DISTANCES: dict[str, Callable[[FloatArray, FloatArray], FloatArray]] = {
     "fish": _fish,
 }
 KINDS = tuple(_DISTANCES)
+
+
+# --- DreamBooth subjects --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TinySubject:
+    """An individual to learn: `split` says whether settings may be chosen on it (validation) or only judged (test)."""
+
+    thing: Thing
+    split: str
+
+    @property
+    def class_noun(self) -> str:
+        """What it is one of."""
+        return self.thing.kind
+
+
+_Row = tuple[str, str, str, str, str, str, str | None]
+_TABLE: tuple[_Row, ...] = (  # name, split, kind, pattern, colours, outline
+    ("candy_ball", "test", "ball", "striped", "pink", "cyan", None),
+    ("ladybird_ball", "test", "ball", "dotted", "red", "black", "white"),
+    ("chess_box", "test", "box", "checkered", "white", "purple", None),
+    ("gift_box", "test", "box", "striped", "green", "red", "yellow"),
+    ("traffic_cone", "test", "cone", "striped", "orange", "white", None),
+    ("night_star", "test", "star", "two-tone", "blue", "yellow", None),
+    ("swim_ring", "test", "ring", "striped", "red", "white", "blue"),
+    ("spotted_heart", "test", "heart", "dotted", "pink", "white", None),
+    ("picnic_mug", "test", "mug", "checkered", "yellow", "green", None),
+    ("forest_house", "test", "house", "two-tone", "purple", "orange", "black"),
+    ("toadstool", "test", "mushroom", "dotted", "red", "white", None),
+    ("reef_fish", "test", "fish", "striped", "orange", "blue", None),
+    ("beach_ball", "validation", "ball", "two-tone", "yellow", "purple", None),
+    ("tiled_house", "validation", "house", "checkered", "cyan", "black", None),
+    ("ink_mug", "validation", "mug", "dotted", "blue", "pink", "white"),
+    ("moss_fish", "validation", "fish", "dotted", "green", "yellow", None),
+)
+
+
+def _make(index: int, row: _Row) -> TinySubject:
+    _, split, kind, pattern, colour, second, outline = row
+    return TinySubject(make_thing(np.random.Generator(np.random.Philox(index)), kind, pattern, colour, second, outline), split)
+
+
+SUBJECTS: dict[str, TinySubject] = {row[0]: _make(index, row) for index, row in enumerate(_TABLE)}
+
+
+def held_out_combinations() -> frozenset[tuple[str, str, str, str | None]]:
+    """Return kind, pattern and colours of every subject, and the same with the two colours exchanged."""
+    combinations = {subject.thing.combination for subject in SUBJECTS.values()}
+    return frozenset(combinations | {(kind, pattern, b, a) for kind, pattern, a, b in combinations if b})

@@ -1,7 +1,7 @@
 """The tiny world: scenes of 64 x 64 pixels with their segmentation maps and captions, each a function of split and index.
 
 Training, validation and test scenes are drawn from disjoint random streams, and the combinations of kind, pattern and colours
-that the DreamBooth subjects have (`subjects.py`) are in none of them.
+that the DreamBooth subjects have (`SUBJECTS`) are in none of them.
 """
 
 from dataclasses import dataclass
@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from etherdiff.tiny.captions import full_caption, loose_caption, short_caption
 from etherdiff.tiny.scenery import GROUNDS, SIZE, SKIES, draw_ground, draw_sky, light_under
-from etherdiff.tiny.subjects import SUBJECTS, held_out_combinations
 from etherdiff.tiny.things import (
     COLOURS,
     KINDS,
     PATTERNS,
+    SUBJECTS,
     FloatArray,
     Thing,
+    held_out_combinations,
     near_twin,
     sample_thing,
     thing_colours,

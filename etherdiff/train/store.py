@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from etherdiff.families.sampling import chunks
-from etherdiff.system.files import digest, file_hash, move_into_place, write_text
+from etherdiff.system.files import cache_dir, digest, file_hash, move_into_place, write_text
 from etherdiff.system.locks import wait_for_lock
-from etherdiff.system.paths import cache_dir
 from etherdiff.system.terminal import track, warn
 
 PIXELS_AT_ONCE = 4 * 512 * 512

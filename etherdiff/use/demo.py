@@ -10,7 +10,7 @@ from etherdiff.eval.evaluate import evaluate
 from etherdiff.eval.metrics import HELD_OUT
 from etherdiff.families.sampling import sheet, slug
 from etherdiff.images.reading import list_images, read_image
-from etherdiff.images.sheets import contact_sheet
+from etherdiff.images.writing import contact_sheet
 from etherdiff.runs.folder import RunFolder
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
@@ -19,7 +19,7 @@ from etherdiff.tasks.image_sets import IMAGES
 from etherdiff.tasks.subject_sets import BASE_IMAGES
 from etherdiff.tasks.subjects import make_prompts, prompts_for
 from etherdiff.tiny.dreambooth import render_folder
-from etherdiff.tiny.subjects import SUBJECTS
+from etherdiff.tiny.things import SUBJECTS
 from etherdiff.use.export import export_run
 from etherdiff.use.merge import merge_run
 

@@ -16,8 +16,8 @@ from etherdiff.control.signals.signal import Signal
 from etherdiff.families.bases import Parts, find_base
 from etherdiff.families.sampling import PAPER_SAMPLING, S2I_SAMPLING, chunks, sample, sheet, slug
 from etherdiff.families.sd1 import Base, load_base, make_pipeline
-from etherdiff.images.png import save_png
 from etherdiff.images.reading import IMAGE_SUFFIXES, describe_left_out, is_hidden
+from etherdiff.images.writing import save_png
 from etherdiff.runs.model import load_hint_encoder, make_s2i_pipeline
 from etherdiff.runs.run import Run
 from etherdiff.system.devices import device_problem, resolve_device

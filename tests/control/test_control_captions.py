@@ -10,7 +10,7 @@ from PIL import Image
 from etherdiff.control import captions
 from etherdiff.control.captions import Caption, make_captions, match_captions, read_captions
 from etherdiff.system.errors import UserError
-from etherdiff.system.paths import cache_dir
+from etherdiff.system.files import cache_dir
 
 WORDS = ["a", "red", "blue", "cat", "dog", "on", "grass", "sand", "the", "of", "house", "star", "ball", "big", "small"]
 

@@ -16,7 +16,7 @@ from etherdiff.control.signals.canny import Canny, edges
 from etherdiff.control.signals.landmarks import Landmarks, detect, find_task_file, with_size
 from etherdiff.control.signals.segmentation import Palette, Segmentation, find_palette
 from etherdiff.control.signals.signal import crop_box, crop_labels, upright_size
-from etherdiff.images.crops import resize_and_crop
+from etherdiff.images.reading import resize_and_crop
 from etherdiff.system.errors import UserError
 from etherdiff.tiny.world import CLASSES, PALETTE, render_scene
 

@@ -15,7 +15,7 @@ from etherdiff.control.datasets import find_dataset, list_dataset
 from etherdiff.control.readers import Row, hub, tiny_world
 from etherdiff.control.readers.hub import unpack
 from etherdiff.control.readers.imagefolder import read_imagefolder, split_by_name
-from etherdiff.images.crops import resize_and_crop
+from etherdiff.images.reading import resize_and_crop
 from etherdiff.system.errors import UserError
 from etherdiff.tiny.world import render_scene
 

@@ -13,7 +13,7 @@ from etherdiff.control.preprocess import ANNOTATORS, annotate
 from etherdiff.control.signals import SIGNALS, recorded_signal
 from etherdiff.control.signals.annotation import annotated_by
 from etherdiff.control.signals.canny import edges
-from etherdiff.images.crops import resize_and_crop
+from etherdiff.images.reading import resize_and_crop
 from etherdiff.system.errors import UserError
 from etherdiff.tiny.world import render_scene
 

@@ -16,7 +16,7 @@ from etherdiff.eval import best as module
 from etherdiff.eval.best import combined, curve_prompts, read_best, say_best
 from etherdiff.eval.networks import PRESETS
 from etherdiff.families.sampling import sample
-from etherdiff.images.png import read_png_settings
+from etherdiff.images.writing import read_png_settings
 from etherdiff.run import resume, train_dreambooth
 from etherdiff.runs.folder import RunFolder
 from etherdiff.runs.run import Run

@@ -18,7 +18,7 @@ from etherdiff import cli
 from etherdiff.config import ControlEvalOptions, SubjectEvalOptions, read_config
 from etherdiff.eval.evaluate import evaluate, plan_evaluation, render
 from etherdiff.eval.paper import paper_of_subject
-from etherdiff.images.png import read_png_settings
+from etherdiff.images.writing import read_png_settings
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import RunError, UserError
 from etherdiff.tasks import subject_sets

@@ -26,8 +26,8 @@ from etherdiff.eval import judges, readback
 from etherdiff.eval.compare import as_markdown, cell, compare
 from etherdiff.eval.evaluate import evaluate, plan_evaluation, render
 from etherdiff.eval.readback import ReadBack, ReadLandmarks, find_readback
-from etherdiff.images.png import read_png_settings
 from etherdiff.images.reading import read_image
+from etherdiff.images.writing import read_png_settings
 from etherdiff.report import show_report
 from etherdiff.runs.folder import RunFolder, write_settings
 from etherdiff.runs.run import Run

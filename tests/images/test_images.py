@@ -16,8 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 
-from etherdiff.images.crops import resize_and_crop, to_array
-from etherdiff.images.png import read_png_settings, save_png
 from etherdiff.images.reading import (
     IMAGE_SUFFIXES,
     UnreadableImage,
@@ -26,8 +24,10 @@ from etherdiff.images.reading import (
     pixels_digest,
     read_image,
     read_photos,
+    resize_and_crop,
+    to_array,
 )
-from etherdiff.images.sheets import MIN_CELL, PADDING, contact_sheet
+from etherdiff.images.writing import MIN_CELL, PADDING, contact_sheet, read_png_settings, save_png
 from etherdiff.system.errors import UserError
 
 PHOTOS = Path(os.environ.get("ETHERDIFF_DATA") or Path(__file__).parents[3] / "shared/data") / "dreambooth"
@@ -655,7 +655,7 @@ def test_labels_are_drawn_in_their_margins():
 def test_a_label_that_fits_is_whole_and_one_that_does_not_ends_in_an_ellipsis():
     from PIL import ImageFont
 
-    from etherdiff.images.sheets import _wrap
+    from etherdiff.images.writing import _wrap
 
     font = ImageFont.load_default(12)
     assert _wrap("a sks dog\nin the snow", font, 500, 3) == ["a sks dog in the snow"]

@@ -17,7 +17,7 @@ from etherdiff.config import DreamBoothConfig, S2IConfig
 from etherdiff.families.bases import find_base
 from etherdiff.families.sampling import save_images
 from etherdiff.families.sd1 import Base, fingerprint, load_base
-from etherdiff.images.png import save_png
+from etherdiff.images.writing import save_png
 from etherdiff.runs.folder import RunFolder, write_settings
 from etherdiff.tasks.subjects import make_prompts, prompts_for
 

@@ -21,7 +21,7 @@ from test_markup import HOSTILE, PARTS, Parsed
 from etherdiff.config import S2IConfig
 from etherdiff.families.bases import find_base
 from etherdiff.families.sd1 import load_base
-from etherdiff.images.png import save_png
+from etherdiff.images.writing import save_png
 from etherdiff.report import write_report
 from etherdiff.report.contents import read_contents
 from etherdiff.report.html import Album

@@ -7,7 +7,7 @@ import pytest
 from filelock import Timeout
 
 from etherdiff.families.sampling import slug
-from etherdiff.system import locks, paths
+from etherdiff.system import files, locks
 from etherdiff.system.devices import peak_memory
 from etherdiff.system.errors import UserError
 from etherdiff.system.locks import LOCK, run_lock
@@ -75,14 +75,14 @@ with tempfile.TemporaryDirectory() as folder, locks.run_lock(Path(folder) / "run
 
 def test_the_cache_folder_is_the_one_that_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("ETHERDIFF_CACHE", str(tmp_path / "named"))
-    assert paths.cache_dir() == tmp_path / "named"
+    assert files.cache_dir() == tmp_path / "named"
     monkeypatch.delenv("ETHERDIFF_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert paths.cache_dir() == tmp_path / "xdg" / "etherdiff"
+    assert files.cache_dir() == tmp_path / "xdg" / "etherdiff"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     if sys.platform == "linux":
-        assert paths.cache_dir() == tmp_path / ".cache" / "etherdiff"
+        assert files.cache_dir() == tmp_path / ".cache" / "etherdiff"
 
 
 @pytest.mark.parametrize("prompt", ['a "cat": <what?>', "a/b\\c|d*e", "ends. ", "nul", "\x00\x1f\n", "ÄÖ", "a" * 300])

@@ -12,8 +12,7 @@ from torch import nn
 from etherdiff.config import DreamBoothConfig
 from etherdiff.families.bases import find_base
 from etherdiff.families.sd1 import encode_prompts, load_base
-from etherdiff.images.crops import resize_and_crop
-from etherdiff.images.reading import read_photos
+from etherdiff.images.reading import read_photos, resize_and_crop
 from etherdiff.tasks.dreambooth import crop_windows, image_moments, make_batches
 from etherdiff.tasks.task import DenoisingLoss
 from etherdiff.train import store

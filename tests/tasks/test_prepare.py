@@ -11,7 +11,7 @@ from subject_photos import draw_subject
 
 from etherdiff.config import DreamBoothConfig
 from etherdiff.families.sd1 import make_pipeline
-from etherdiff.images.png import read_png_settings
+from etherdiff.images.writing import read_png_settings
 from etherdiff.system.errors import UserError
 from etherdiff.tasks import dreambooth
 from etherdiff.tasks.dreambooth import class_seed, make_class_images, plan_dreambooth

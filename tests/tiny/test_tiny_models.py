@@ -25,7 +25,7 @@ from transformers import (
 from etherdiff.families.bases import find_base
 from etherdiff.families.sampling import sample
 from etherdiff.families.sd1 import load_base, make_pipeline
-from etherdiff.system.paths import ASSETS
+from etherdiff.system.files import ASSETS
 from etherdiff.tiny.world import CLASSES, render_scene
 
 TINY = ASSETS / "tiny"

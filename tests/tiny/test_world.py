@@ -10,8 +10,17 @@ from tiny_world.judge import name_colours
 
 from etherdiff.tiny.dreambooth import HELD_OUT, IMAGES, PROMPTS, subject_folder
 from etherdiff.tiny.scenery import light_under
-from etherdiff.tiny.subjects import SUBJECTS, held_out_combinations
-from etherdiff.tiny.things import COLOURS, KINDS, PATTERNS, near_twin, sample_colour, sample_thing, thing_distance
+from etherdiff.tiny.things import (
+    COLOURS,
+    KINDS,
+    PATTERNS,
+    SUBJECTS,
+    held_out_combinations,
+    near_twin,
+    sample_colour,
+    sample_thing,
+    thing_distance,
+)
 from etherdiff.tiny.world import CLASSES, GROUNDS, PALETTE, SIZE, SKIES, SPLITS, render_scene, render_subject, render_thing
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from etherdiff.system.files import write_text
-from etherdiff.system.paths import cache_dir
+from etherdiff.system.files import cache_dir, write_text
 from etherdiff.train import store as module
 from etherdiff.train.store import stored_moments
 

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from etherdiff.eval.metrics import SUBJECT_METRICS
-from etherdiff.images.sheets import PADDING
+from etherdiff.images.writing import PADDING
 from etherdiff.report import show_report
 from etherdiff.run import train
 from etherdiff.runs.result import read_result

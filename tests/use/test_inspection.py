@@ -19,8 +19,10 @@ from etherdiff.adapters.methods import METHODS, TARGETS, MethodOptions, add_adap
 from etherdiff.config import InspectOptions, read_config
 from etherdiff.families.bases import find_base
 from etherdiff.system.errors import UserError
+from etherdiff.use import flops as flops_module
 from etherdiff.use import inspection
-from etherdiff.use.inspection import MATRIX_WORK, inspect_base, measure_throughput, render_inspection, training_estimate
+from etherdiff.use.flops import MATRIX_WORK, measure_throughput
+from etherdiff.use.inspection import inspect_base, render_inspection, training_estimate
 
 NAMES = [*METHODS, "magnitude"]
 BOFT_WARNING = "ignore:(Failed to load the CUDA|Setting boft_n):UserWarning"
@@ -129,7 +131,7 @@ def test_adapter_bytes_are_those_of_the_file(tiny, name, tmp_path):
 def test_step_is_that_of_real_tensors(tiny, name):
     unet, _ = real_model(name)
     row = tiny["methods"][name]
-    with FlopCounterMode(display=False, custom_mapping=inspection.OWN_FORMULAS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=flops_module.OWN_FORMULAS) as counter:
         real_loss(unet).backward()
     assert row["step_flops"] == counter.get_total_flops()
     gc.collect()
@@ -141,7 +143,7 @@ def test_flops_of_a_frozen_linear_layer_with_lora():
     base, down, up = nn.Linear(features, out), nn.Linear(features, rank, bias=False), nn.Linear(rank, out, bias=False)
     base.requires_grad_(False)
     x = torch.randn(tokens, features, requires_grad=True)
-    with inspection._Flops() as flops:
+    with flops_module._Flops() as flops:
         y = base(x) + up(down(x))
         assert flops.total == 2 * tokens * (features * out + features * rank + rank * out)
         forward = flops.total
@@ -154,7 +156,7 @@ def test_flops_of_fused_attention():
     heads, queries, keys, width = 2, 16, 8, 8
     q, k, v = (torch.randn(1, heads, n, width, requires_grad=True) for n in (queries, keys, keys))
     product = 2 * heads * queries * keys * width
-    with inspection._Flops() as flops:
+    with flops_module._Flops() as flops:
         y = F.scaled_dot_product_attention(q, k, v)
         assert flops.total == 2 * product  # scores, and their mean of the values
         y.sum().backward()
@@ -176,7 +178,7 @@ def test_flops_of_every_fused_attention_of_torch(name):
         torch.empty(batch, heads, tokens, size, device="meta")
         for tokens, size in ((queries, width), (keys, width), (keys, value_width), (queries, value_width))
     )
-    formula = inspection.FLOP_FORMULAS[getattr(torch.ops.aten, name)]
+    formula = flops_module.FLOP_FORMULAS[getattr(torch.ops.aten, name)]
     of_keys, of_values = (2 * batch * heads * queries * keys * size for size in (width, value_width))
     if name.endswith("_backward"):
         # the scores again and the gradients of queries and keys; those of the scores and of the values
@@ -186,12 +188,12 @@ def test_flops_of_every_fused_attention_of_torch(name):
 
 
 def test_all_of_torchs_own_formulas_are_used():
-    assert {op: inspection.FLOP_FORMULAS[op] for op in flop_registry} == flop_registry
+    assert {op: flops_module.FLOP_FORMULAS[op] for op in flop_registry} == flop_registry
 
 
 def test_matrix_work_without_a_formula_is_named(monkeypatch, capsys):
-    inspection._warn_of_uncounted.cache_clear()
-    monkeypatch.delitem(inspection.FLOP_FORMULAS, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+    flops_module._warn_of_uncounted.cache_clear()
+    monkeypatch.delitem(flops_module.FLOP_FORMULAS, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
     whole = count("tiny", method=["lora", "ether"])["methods"]["lora"]["step_flops"]
     said = capsys.readouterr().err
     assert said.count("step_flops leaves aten._scaled_dot_product_flash_attention_for_cpu out") == 1  # not once per method
@@ -211,7 +213,7 @@ def test_words_of_matrix_work():
 def test_flops_of_a_solve():
     n, columns = 6, 3
     a, b = torch.eye(n).requires_grad_(), torch.randn(n, columns, requires_grad=True)
-    with inspection._Flops() as flops:
+    with flops_module._Flops() as flops:
         y = torch.linalg.solve(a, b)
         solves = 2 * n**2 * columns
         assert flops.total == 2 * n**3 // 3 + solves
@@ -286,7 +288,7 @@ def test_checkpointing_trades_activations_for_recomputation(plain):
     unet.enable_gradient_checkpointing()
     inputs_of_blocks = saved_by_autograd(unet)
     assert inputs_of_blocks < checkpointed["activations"] < plain["activations"]
-    with FlopCounterMode(display=False, custom_mapping=inspection.OWN_FORMULAS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=flops_module.OWN_FORMULAS) as counter:
         real_loss(unet).backward()
     assert plain["step_flops"] < counter.get_total_flops() <= checkpointed["step_flops"]  # torch stops early in a block
     assert checkpointed["step_flops"] == pytest.approx(counter.get_total_flops(), rel=0.05)

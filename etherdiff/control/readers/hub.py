@@ -14,9 +14,8 @@ from etherdiff.control.readers import Listing
 from etherdiff.control.readers.imagefolder import METADATA, read_imagefolder
 from etherdiff.images.reading import without_text
 from etherdiff.system.errors import UserError
-from etherdiff.system.files import make_once
+from etherdiff.system.files import cache_dir, make_once
 from etherdiff.system.hub import fetch
-from etherdiff.system.paths import cache_dir
 from etherdiff.system.terminal import track
 
 VERSION = 1  # of what is unpacked here

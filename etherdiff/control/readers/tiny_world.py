@@ -7,8 +7,7 @@ from PIL import Image
 
 from etherdiff.control.readers import Listing
 from etherdiff.control.readers.imagefolder import METADATA, read_imagefolder
-from etherdiff.system.files import make_once
-from etherdiff.system.paths import cache_dir
+from etherdiff.system.files import cache_dir, make_once
 from etherdiff.system.terminal import track
 from etherdiff.tiny.world import render_scene
 

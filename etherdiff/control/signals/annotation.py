@@ -11,8 +11,7 @@ from PIL import Image
 
 from etherdiff.control.preprocess import annotate
 from etherdiff.control.signals.signal import Signal
-from etherdiff.images.crops import resize_and_crop
-from etherdiff.images.reading import UnreadableImage, read_image
+from etherdiff.images.reading import UnreadableImage, read_image, resize_and_crop
 from etherdiff.system.files import staged_file
 
 

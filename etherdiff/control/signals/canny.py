@@ -11,8 +11,7 @@ from PIL import Image
 
 from etherdiff.control.preprocess import STEP, annotate
 from etherdiff.control.signals.signal import Signal, crop_box
-from etherdiff.images.crops import resize_and_crop
-from etherdiff.images.reading import read_image
+from etherdiff.images.reading import read_image, resize_and_crop
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import staged_file
 

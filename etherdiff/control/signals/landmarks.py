@@ -16,8 +16,7 @@ from PIL import Image, ImageDraw
 from etherdiff.control.signals.signal import Signal, Size, crop_box, upright_size
 from etherdiff.images.reading import read_image
 from etherdiff.system.errors import UserError
-from etherdiff.system.files import file_hash, write_text
-from etherdiff.system.paths import cache_dir
+from etherdiff.system.files import cache_dir, file_hash, write_text
 from etherdiff.system.text import read_user_text
 
 TASK_FILE = "ETHERDIFF_FACE_LANDMARKER"

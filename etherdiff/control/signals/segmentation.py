@@ -16,7 +16,7 @@ from PIL import Image
 from etherdiff.control.signals.signal import Signal, crop_labels
 from etherdiff.images.reading import despite_text
 from etherdiff.system.errors import UserError
-from etherdiff.system.paths import ASSETS
+from etherdiff.system.files import ASSETS
 from etherdiff.system.text import read_user_json
 
 ADE20K = ASSETS / "ade20k.json"

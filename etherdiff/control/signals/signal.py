@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from etherdiff.images.crops import crop_window
-from etherdiff.images.reading import IMAGE_SUFFIXES, despite_text
+from etherdiff.images.reading import IMAGE_SUFFIXES, crop_window, despite_text
 from etherdiff.system.errors import UserError
 
 Size = tuple[int, int]
@@ -95,7 +94,7 @@ class Signal(ABC):
 def crop_box(size: Size, resolution: int) -> tuple[float, float, float, float]:
     """Return (left, top, right, bottom) of the square, in pixels of an image of `size`.
 
-    It is what `images.crops.resize_and_crop(image, resolution, "center")` scales to resolution x resolution.
+    It is what `images.reading.resize_and_crop(image, resolution, "center")` scales to resolution x resolution.
     """
     scale = resolution / min(size)
     (left, right), (top, bottom) = (crop_window(length, scale, resolution, 0.5) for length in size)
