@@ -6,11 +6,12 @@ from typing import Any
 
 from rich.table import Table
 
-from etherdiff.control.datasets import in_threads, list_dataset
+from etherdiff.control.datasets import list_dataset
 from etherdiff.control.readers import Listing, Row, sentences
 from etherdiff.control.signals.signal import Signal
 from etherdiff.images.reading import UnreadableImage, is_nearly_black, read_image
 from etherdiff.system.files import file_hash
+from etherdiff.system.terminal import in_threads
 
 TOKENS = 77
 """What Stable Diffusion's text encoder reads of a caption, its start and end included."""
@@ -87,7 +88,7 @@ def check_dataset(
     if not listing.training and not listing.problems:
         listing.report("splits without a pair", "training")
     pairs = {"training": len(listing.training), "evaluation": len(listing.evaluation)}
-    notes = _long_captions(rows)
+    notes = _long_captions(rows) | chosen.rare(counts[: len(listing.training)])
     dark = [f"{split}/{row.name}" for (split, row), reading in zip(rows, readings, strict=True) if reading.black]
     kinds = {"folders of which something is left out": listing.left_out, "images that are nearly black as read here": dark}
     notes |= {kind: cases for kind, cases in kinds.items() if cases}

@@ -1,15 +1,11 @@
 """The datasets of controllable generation, by name or as folders: found, completed, or refused with all reasons."""
 
 import difflib
-import os
-import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from json import dumps
 from pathlib import Path
-from typing import TypeVar
 
 from etherdiff.control.captions import make_captions as blip_captions
 from etherdiff.control.readers import Listing, Row, sentences
@@ -22,11 +18,8 @@ from etherdiff.control.signals import find_signal, make_signal
 from etherdiff.control.signals.signal import Signal
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import cache_dir, file_hash
-from etherdiff.system.terminal import progress_bar, warn
+from etherdiff.system.terminal import in_threads, warn
 from etherdiff.system.text import listed
-
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True)
@@ -122,19 +115,7 @@ def list_dataset(
     if named and kind != named.signal:  # its controls are of another signal
         listing.change(lambda row: replace(row, control=None))
     _settle_controls(chosen, listing)
-    return chosen, listing
-
-
-def in_threads(work: Callable[[_In], _Out], items: Sequence[_In], description: str) -> list[_Out]:
-    """Return what `work` gives for each item, in order, with a progress bar. Image decoding leaves Python's lock to others."""
-    # threads that each suppress warnings would restore each other's filters in any order
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count() or 1) as pool, progress_bar() as bar:
-        task = bar.add_task(description, total=len(items), note="")
-        results = []
-        for result in pool.map(work, items):
-            results.append(result)
-            bar.advance(task)
-        return results
+    return chosen.settled([row.control for _, row in listing.rows() if row.control is not None]), listing
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
 """Terminal output: messages and progress bars on stderr, so that stdout holds results only."""
 
 import os
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 def make_console(**options: Any) -> Console:
@@ -67,3 +70,15 @@ def track(items: Sequence[T], description: str) -> Iterable[T]:
         for item in items:
             yield item
             bar.advance(task)
+
+
+def in_threads(work: Callable[[T], U], items: Sequence[T], description: str) -> list[U]:
+    """Return what `work` gives for each item, in order, with a progress bar. Image decoding leaves Python's lock to others."""
+    # threads that each suppress warnings would restore each other's filters in any order
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count() or 1) as pool, progress_bar() as bar:
+        task = bar.add_task(description, total=len(items), note="")
+        results = []
+        for result in pool.map(work, items):
+            results.append(result)
+            bar.advance(task)
+        return results

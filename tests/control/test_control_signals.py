@@ -469,3 +469,118 @@ def test_a_map_with_megabytes_of_text_in_it_is_read(tmp_path):
     assert TINY.problems(tmp_path / "a.png") == []
     assert TINY.size(tmp_path / "a.png") == upright_size(tmp_path / "a.png") == (4, 3)
     np.testing.assert_array_equal(TINY.labels(tmp_path / "a.png"), labels)
+
+
+# --- Maps that lose their meaning -------------------------------------------------------------------------------------
+
+MASK = np.kron([[0, 255], [255, 255]], np.ones((4, 4))).astype(np.uint8)
+BLACK_WHITE = {"background": [0, 0, 0], "object": [255, 255, 255]}
+
+
+def palette_file(folder, classes):
+    (folder / "palette.json").write_text(json.dumps(classes))
+    return Segmentation(find_palette(str(folder / "palette.json")))
+
+
+@pytest.mark.parametrize("white_first", [False, True])
+@pytest.mark.parametrize("mode", ["L", "1", "P"])
+def test_the_greys_of_a_mask_are_the_palettes_colours(mode, white_first, tmp_path):
+    signal = palette_file(tmp_path, dict(sorted(BLACK_WHITE.items(), reverse=white_first)))
+    Image.fromarray(MASK).convert(mode).save(tmp_path / "mask.png")
+    Image.new("L", (8, 8)).save(tmp_path / "empty.png")
+    settled = signal.settled([tmp_path / "mask.png", tmp_path / "empty.png"])
+    assert settled.problems(tmp_path / "mask.png") == []
+    assert (settled.picture(tmp_path / "mask.png", 8) == MASK[..., None]).all()
+    assert (settled.picture(tmp_path / "empty.png", 8) == 0).all()
+    assert Segmentation.from_settings(settled.settings()) == settled
+
+
+def test_greys_between_black_and_white_are_read_and_label_values_stay(tmp_path):
+    signal = palette_file(tmp_path, {"a": [0, 0, 0], "b": [128, 128, 128], "c": [255, 255, 255]})
+    trimap, labels = np.array([[0, 128], [255, 128]], np.uint8), np.array([[0, 1], [255, 2]], np.uint8)
+    saved(trimap, tmp_path / "trimap.png")
+    saved(labels, tmp_path / "labels.png")
+    assert signal.settled([tmp_path / "trimap.png"]).target(tmp_path / "trimap.png", 2).tolist() == [[0, 1], [2, 1]]
+    assert signal.settled([tmp_path / "labels.png"]) == signal
+    assert signal.target(tmp_path / "labels.png", 2).tolist() == [[0, 1], [255, 2]]
+    mixed = signal.settled([tmp_path / "trimap.png", tmp_path / "labels.png"])
+    assert "128 (2 pixels)" in mixed.problems(tmp_path / "trimap.png")[0]
+    assert "greys" not in mixed.settings()
+
+
+def test_a_map_of_which_no_pixel_has_a_class_is_refused_but_ade20k_knows_anything_else(tmp_path):
+    signal = palette_file(tmp_path, {"a": [9, 9, 9], "b": [200, 0, 0]})
+    control = saved(np.full((4, 4), 255, np.uint8), tmp_path / "a.png")
+    assert signal.problems(control) == ["none of its pixels belongs to a class of palette"]
+    Image.new("RGB", (4, 4)).save(control)
+    assert signal.problems(control) == ["none of its pixels belongs to a class of palette"]
+    assert ADE20K.problems(control) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "options", "said"),
+    [
+        ("L", "a.jpg", {"quality": 100}, "JPEG changes the values"),
+        ("RGB", "a.jpg", {"quality": 100}, "JPEG changes the values"),
+        ("RGB", "a.webp", {"quality": 100}, "lossy WebP changes the values"),
+        ("RGBA", "a.webp", {"quality": 100}, "lossy WebP changes the values"),
+        ("RGB", "a.webp", {"lossless": True}, ""),
+        ("L", "a.tif", {"compression": "jpeg"}, "TIFF with lossy compression changes the values"),
+        ("L", "a.tif", {"compression": "tiff_lzw"}, ""),
+    ],
+)
+def test_label_maps_in_lossy_formats_are_refused(mode, name, options, said, tmp_path):
+    labels = render_scene("train", 0).segmentation
+    Image.fromarray(labels if mode == "L" else PALETTE[labels]).convert(mode).save(tmp_path / name, **options)
+    problems = TINY.problems(tmp_path / name)
+    assert said in problems[-1] if said else problems == []
+
+
+def with_palette(indices, colours):
+    image = Image.fromarray(np.asarray(indices, np.uint8), mode="P")
+    image.putpalette([part for colour in colours for part in colour])
+    return image
+
+
+def test_an_image_with_a_palette_of_its_own_is_read_by_what_it_shows_or_refused(tmp_path):
+    signal, control = palette_file(tmp_path, {"sky": [10, 20, 200], "sea": [0, 90, 90]}), tmp_path / "a.png"
+    with_palette([[0, 1], [1, 1]], [(10, 20, 200), (0, 90, 90)]).save(control)
+    assert signal.target(control, 2).tolist() == [[0, 1], [1, 1]]
+    with_palette([[0, 1], [1, 255]], [(1, 2, 3)] * 256).save(control)  # any colours: the indices count
+    assert signal.target(control, 2).tolist() == [[0, 1], [1, 255]]
+    with_palette([[7, 9], [9, 9]], [(0, 90, 90)] * 9 + [(10, 20, 200)]).save(control)  # as programs number colours
+    assert signal.target(control, 2).tolist() == [[1, 0], [0, 0]]
+    with_palette([[0, 1], [1, 1]], [(0, 90, 90), (10, 20, 200)]).save(control)
+    assert "its indices and its colours say different classes" in signal.problems(control)[0]
+
+
+def test_ade20ks_indices_count_though_two_classes_share_a_colour(tmp_path):
+    indices = np.array([[0, 7], [49, 150]], np.uint8)  # none, road, skyscraper, flag
+    with_palette(indices, [(0, 0, 0), *ADE20K.palette.colours]).save(tmp_path / "a.png")
+    assert ADE20K.target(tmp_path / "a.png", 2).tolist() == [[255, 6], [48, 149]]
+
+
+def test_transparency_is_none_only_where_no_class_lies_below(tmp_path):
+    signal, control = palette_file(tmp_path, {"sky": [10, 20, 200], "sea": [0, 90, 90]}), tmp_path / "a.png"
+    pixels = np.array([[[10, 20, 200, 255], [0, 0, 0, 0]]], np.uint8).repeat(2, axis=0)
+    saved(pixels, control)
+    assert signal.target(control, 2).tolist() == [[0, 255]] * 2
+    for below, opacity in (((0, 90, 90), 0), ((0, 90, 90), 128), ((0, 0, 0), 1)):
+        pixels[:, 1] = (*below, opacity)
+        saved(pixels, control)
+        assert signal.problems(control) == ["2 transparent pixels, whose class is unclear: save it opaque"]
+    pixels[:, 1] = (0, 90, 90, 255)
+    saved(pixels, control)
+    assert signal.target(control, 2).tolist() == [[0, 1]] * 2
+    Image.merge("LA", [Image.new("L", (2, 2), 1), Image.new("L", (2, 2), 255)]).save(control)
+    assert signal.target(control, 2).tolist() == [[1, 1]] * 2
+    Image.new("LA", (2, 2), (1, 9)).save(control)
+    assert "mode LA" in signal.problems(control)[0]
+
+
+def test_classes_that_occur_in_no_map_are_named(tmp_path):
+    signal = palette_file(tmp_path, {"a": [9, 9, 9], "b": [200, 0, 0], "c": [0, 200, 0]})
+    counts = [signal.count(saved(np.array(rows, np.uint8), tmp_path / "a.png")) for rows in ([[0, 0]], [[0, 2]])]
+    assert counts == [{"0": 2}, {"0": 1, "2": 1}]
+    assert signal.rare(counts) == {"classes that occur in no map to train on": ["b"]}
+    assert signal.rare([*counts, {"1": 1}, None]) == {}

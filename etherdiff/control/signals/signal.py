@@ -65,6 +65,10 @@ class Signal(ABC):
         """Make the control file of an image. UserError for signals that cannot be computed from an image."""
         raise UserError(f"{image} has no {self.name} beside it, and {self.name} cannot be computed from an image here")
 
+    def settled(self, controls: Sequence[Path]) -> Self:
+        """Return the signal as a dataset's control files are to be read, where one file alone does not say it."""
+        return self
+
     def completed(self, control: Path, image: Path) -> Path:
         """Return the control file with everything it needs to know of its image. OSError where the image cannot be read."""
         return control
@@ -76,11 +80,15 @@ class Signal(ABC):
         return despite_text(_size, control)
 
     def count(self, control: Path) -> Any:
-        """Count in a file what `odd` and `shares` look at."""
+        """Count in a file what `odd`, `rare` and `shares` look at; JSON-able."""
         return None
 
     def odd(self, counts: Sequence[Any]) -> dict[str, list[tuple[int, str]]]:
         """Return what is unusual: kind -> (place in `counts`, what it is). None counts for a file that is not good."""
+        return {}
+
+    def rare(self, counts: Sequence[Any]) -> dict[str, list[str]]:
+        """Return what is in no file of those to train on: kind -> names. It need not be wrong."""
         return {}
 
     def shares(self, counts: Sequence[Any]) -> dict[str, float] | None:
