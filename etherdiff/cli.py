@@ -18,6 +18,7 @@ from etherdiff import __version__
 from etherdiff import config as c
 from etherdiff.system.errors import ProofError, RunError, Stopped, UserError
 from etherdiff.system.signals import stop_signals
+from etherdiff.system.text import expand_home
 
 app = typer.Typer(
     name="etherdiff",
@@ -78,11 +79,11 @@ def command(
         parameters += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
 
         def run(**given: Any) -> None:
-            mine = {p.name: given.pop(p.name) for p in own}
+            mine = {p.name: expand_home(given.pop(p.name)) for p in own}
             if len(models) > 1:
                 function(**mine, given={key: value for key, value in given.items() if value is not None})
                 return
-            recipe, settings = given.pop("recipe", None), given.pop("settings", None) or []
+            recipe, settings = expand_home(given.pop("recipe", None)), given.pop("settings", None) or []
             function(**mine, options=c.read_config(models[0], recipe, settings, given))
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -5,14 +5,16 @@ are checked where the registry is.
 """
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
 from etherdiff.system.errors import UserError
-from etherdiff.system.text import read_user_text
+from etherdiff.system.text import expand_home, read_user_text
 
 MethodName = Literal["ether", "ether+", "ether+one-sided", "lora", "oft", "naive", "boft", "hra", "vera", "full"]
 S2IMethodName = Literal[MethodName, "none"]
@@ -47,6 +49,8 @@ def _within_seeds(first: Any, count: int) -> None:
 SPLIT_COMMAS = BeforeValidator(_split_commas, json_schema_input_type=str | list[str])
 Listed = Annotated[T, SPLIT_COMMAS]
 """Names, also as one text with commas between them."""
+PathOrName = Annotated[str, Path]
+"""Text that may be a path: as in fields of paths, `~` at its beginning is the home folder."""
 
 
 class Options(BaseModel):
@@ -61,6 +65,20 @@ class Options(BaseModel):
             raise ValueError("must not hold a NUL character")  # no path has one, and nobody types it
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _expand_home(cls, value: Any, field: ValidationInfo) -> Any:
+        return expand_home(value) if _may_be_path(cls.model_fields[str(field.field_name)]) else value
+
+
+def _may_be_path(field: FieldInfo) -> bool:
+    def parts(annotation: Any) -> Iterator[Any]:
+        yield annotation
+        for part in get_args(annotation):
+            yield from parts(part)
+
+    return Path in [*parts(field.annotation), *field.metadata]
+
 
 # --- Recipes ---------------------------------------------------------------------------------------------------------
 
@@ -68,7 +86,7 @@ class Options(BaseModel):
 class AdapterConfig(Options):
     """What every run folder has: an adapter of some method on a base."""
 
-    base: str = Field("sd15", description="Stable Diffusion 1.x/2.x: sd15, sd21, tiny, hub id, folder or .safetensors")
+    base: PathOrName = Field("sd15", description="Stable Diffusion 1.x/2.x: sd15, sd21, tiny, hub id, folder or .safetensors")
     prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
         None, description="what the base predicts [default: as its scheduler says; a 2.x single file: v_prediction]"
     )
@@ -81,7 +99,7 @@ class AdapterConfig(Options):
 class SubjectConfig(AdapterConfig):
     """What every run has that is judged by how it draws a subject."""
 
-    subject: str = Field(description="folder of images, or a subject's name under the data root or in google/dreambooth")
+    subject: PathOrName = Field(description="folder of images, or a subject's name under the data root or in google/dreambooth")
     data_root: Path | None = Field(None, description="folder that holds dreambooth/NAME [default: $ETHERDIFF_DATA]")
     identifier: str = Field("sks", min_length=1, description="the word that comes to mean the subject")
     class_noun: str | None = Field(None, min_length=1, description="what the subject is [default: DreamBooth's own noun]")
@@ -188,12 +206,12 @@ class S2IConfig(TrainConfig):
     steps: int = Field(20_000, ge=1, description="optimizer steps; 2,000 are one pass over ADE20K")
     batch_size: int = Field(10, ge=1, description="images per process and forward pass")
     output: Path | None = Field(None, description="run folder to create [default: runs/DATASET-METHOD]")
-    dataset: str = Field(description="ade20k, celebahq-landmarks, coco-canny, tiny, or a folder with metadata.jsonl")
+    dataset: PathOrName = Field(description="ade20k, celebahq-landmarks, coco-canny, tiny, or a folder with metadata.jsonl")
     data_root: Path | None = Field(None, description="folder that holds the datasets by name [default: $ETHERDIFF_DATA]")
     signal: SignalName | None = Field(
         None, description=f"what a folder's control files are: {', '.join(get_args(SignalName))} [default: the dataset's]"
     )
-    palette: str | None = Field(None, description="colours of a folder's label maps: ade20k, tiny or a JSON file")
+    palette: PathOrName | None = Field(None, description="colours of a folder's label maps: ade20k, tiny or a JSON file")
     captions: Path | None = Field(None, description="JSON-lines file of captions, where they are not with the dataset")
     make_captions: bool = Field(False, description="have BLIP write the captions that are missing, once")
     encoder_init: Literal["scaled", "paper"] = Field(
@@ -253,7 +271,7 @@ class GenerateOptions(Options):
 
     output: Path = Field(description="folder for the images")
     run: Path | None = Field(None, description="run folder: its base and its adapter")
-    base: str | None = Field(None, description="without a run: sd15, sd21, tiny, hub id, folder or .safetensors")
+    base: PathOrName | None = Field(None, description="without a run: sd15, sd21, tiny, hub id, folder or .safetensors")
     adapter: tuple[Path, ...] = Field((), description="adapter folder for --base; repeat to add several")
     prompt: tuple[str, ...] = Field((), description="what to draw; repeat for several")
     prompts: Path | None = Field(None, description="text file with a prompt per line; # begins a comment")
@@ -298,6 +316,12 @@ class EvalOptions(Options):
         "or landmarks=FILE.task; repeat for several",
     )
     overwrite: bool = Field(False, description="replace images made with other settings")
+
+    @field_validator("backbone")
+    @classmethod
+    def _expand_home_after_role(cls, backbone: tuple[str, ...]) -> tuple[str, ...]:
+        parts = [text.partition("=") for text in backbone]
+        return tuple(f"{role}{sign}{expand_home(name)}" for role, sign, name in parts)
 
     @property
     def named_backbones(self) -> dict[str, str]:
@@ -415,7 +439,7 @@ class ExportOptions(Options):
 class InspectOptions(Options):
     """Which methods to count, on which base, at which size."""
 
-    base: str = Field("sd15", description="sd15, sd21, tiny, hub id, folder or .safetensors; its weights are not read")
+    base: PathOrName = Field("sd15", description="sd15, sd21, tiny, hub id, folder or .safetensors; its weights are not read")
     task: Literal["dreambooth", "s2i"] = Field("dreambooth", description="dreambooth or s2i: decides the default targets")
     method: tuple[MethodName | Literal["magnitude"], ...] | None = Field(
         None, description="only these methods; repeat for several [default: all]"
@@ -436,7 +460,9 @@ class CheckOptions(Options):
     signal: SignalName | None = Field(
         None, description=f"{', '.join(get_args(SignalName))} [default: the dataset's; of a folder segmentation]"
     )
-    palette: str | None = Field(None, description="colours of label maps: ade20k, tiny or a JSON file [default: the dataset's]")
+    palette: PathOrName | None = Field(
+        None, description="colours of label maps: ade20k, tiny or a JSON file [default: the dataset's]"
+    )
     captions: Path | None = Field(None, description="caption file, instead of the dataset's captions")
 
 
@@ -491,7 +517,7 @@ class SweepFile(Options):
     task: str = Field(
         description="what is run: dreambooth, s2i or perturb", json_schema_extra={"enum": ["dreambooth", "s2i", "perturb"]}
     )
-    recipe: str | None = Field(None, description="YAML file of options, relative to the sweep file")
+    recipe: PathOrName | None = Field(None, description="YAML file of options, relative to the sweep file")
     settings: dict[str, Any] = Field({}, description="options of all runs, over the recipe")
     grid: dict[str, list[Any]] = Field({}, description="option: list of values; every combination is run")
     runs: list[dict[str, Any]] = Field([{}], min_length=1, description="alternatives, each run with every combination")

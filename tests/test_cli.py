@@ -205,6 +205,32 @@ def test_what_the_parser_refuses_has_status_2_too(etherdiff_, arguments):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["resume", "~/none"],
+        ["generate", "--run", "~/none", "--prompt", "x", "--output", "y"],
+        ["merge", "~/none", "--output", "y"],
+        ["export", "~/none", "--output", "y"],
+        ["eval", "~/none"],
+        ["compare", "~/none", "~/none"],
+        ["table", "~/none"],
+        ["sweep", "~/none"],
+        ["train-dreambooth", "--config=~/none"],
+        ["train-s2i", "--base", "tiny", "--dataset=~/none"],
+        ["perturb", "--set", "subject=~/none"],
+        ["inspect", "--base", "~/none.safetensors"],
+        ["data", "check", "~/none"],
+    ],
+)
+def test_every_path_may_begin_with_the_home_folder(arguments, etherdiff_, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    status, _, err = etherdiff_(*arguments)
+    assert status == 2
+    assert str(tmp_path / "none") in err.replace("\n", "")
+    assert "~" not in err
+
+
 def test_a_refusal_from_the_shell(tmp_path):
     """The real program once: status, streams, and no traceback."""
     command = [sys.executable, "-m", "etherdiff", "train-dreambooth", "--steps", "0", "--method", "x"]

@@ -290,6 +290,36 @@ def test_every_image_has_a_seed_within_bounds():
     assert config_module.SubjectEvalOptions(**last).num == config_module.GenerateOptions(output="x", **last).num == 5
 
 
+PATHS_OR_NAMES = {"base", "subject", "dataset", "palette", "recipe"}
+
+
+@pytest.mark.parametrize("cls", sorted(every_model(), key=lambda cls: cls.__name__))
+def test_the_home_folder_may_begin_every_path_of_every_command(cls, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    needed = {name: ["x"] if name == "y" else "x" for name, field in cls.model_fields.items() if field.is_required()}
+    for name, field in cls.model_fields.items():
+        kind, is_path = str(field.annotation), "pathlib" in str(field.annotation) or name in PATHS_OR_NAMES
+        if "Literal" in kind or "dict" in kind or not ("pathlib" in kind or "str" in kind) or name == "task":
+            continue
+        options = read_config(cls, None, [], needed | {name: ["~/x"] if "tuple" in kind else "~/x"})
+        found = getattr(options, name)
+        assert str(found[0] if "tuple" in kind else found) == ("/home/me/x" if is_path else "~/x"), name
+
+
+def test_a_network_to_score_with_may_lie_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    options = config_module.SubjectEvalOptions(backbone=("dino=~/x", "clip=a~b"))
+    assert options.named_backbones == {"dino": "/home/me/x", "clip": "a~b"}
+
+
+def test_the_home_folder_may_begin_the_paths_of_recipes_and_settings(recipe, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    path = recipe("subject: ~/photos\noutput: ~/runs/x\n")
+    read_back = read_config(DreamBoothConfig, path, ["base=~/model.safetensors", "data_root=~/data"], {})
+    assert (read_back.subject, read_back.output) == ("/home/me/photos", Path("/home/me/runs/x"))
+    assert (read_back.base, read_back.data_root) == ("/home/me/model.safetensors", Path("/home/me/data"))
+
+
 def test_names_may_have_commas_between_them():
     assert config_module.TableOptions(rows="method, seed,", columns=["dino"]).model_dump(include={"rows", "columns"}) == {
         "rows": ("method", "seed"),

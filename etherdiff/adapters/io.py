@@ -94,7 +94,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
 
     UserError says what is wrong with the folder and what would mend it.
     """
-    folder = _find(Path(folder).expanduser())
+    folder = _find(Path(folder))
     config = _read_json(folder / CONFIG)
     if config.get("peft_type") not in layer_types():
         raise UserError(
@@ -113,7 +113,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base: dict[str, Any] | No
     model: what `methods.add_adapter` or `load_adapter` returned. base: {"name": ..., "fingerprint": {...}}, recorded
     with the adapter. Tensors are float32. The folder is replaced as a whole; UserError where it holds something else.
     """
-    folder = Path(folder).expanduser().resolve()
+    folder = Path(folder).resolve()
     _refuse_foreign_files(folder)
     config, tensors = _contents(model, name)
     if base is not None:

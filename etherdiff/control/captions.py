@@ -185,7 +185,7 @@ def _hashes(images: Sequence[Path]) -> list[str]:
 
 def _model_key(model: str) -> str:
     """Return what distinguishes models: the hub id, or the hashes of a folder's files."""
-    folder = Path(model).expanduser()
+    folder = Path(model)
     if not folder.is_dir():
         return model.replace("/", "--")
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".txt"))

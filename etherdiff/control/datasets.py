@@ -105,9 +105,9 @@ def list_dataset(
     named = DATASETS.get(name)
     kind = signal or (named.signal if named else "segmentation")
     has_palette = find_signal(kind).has_palette  # an unknown name is refused before anything is read
-    if captions is not None and not captions.expanduser().is_file():
+    if captions is not None and not captions.is_file():
         raise UserError(f"captions: {captions} is not there")
-    listing, folder = _read(name, data_root, captions.expanduser() if captions else None)
+    listing, folder = _read(name, data_root, captions)
     if has_palette and palette is None:
         own = folder and folder / "palette.json"
         palette = named.palette if named else str(own) if own and own.is_file() else None
@@ -146,7 +146,7 @@ def _read(name: str, data_root: Path | None, captions: Path | None) -> tuple[Lis
     """Return what is in the dataset, and its folder if that is the user's own."""
     if name in DATASETS:
         return DATASETS[name].read(data_root, captions), None
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if not folder.is_dir() and data_root is not None and (data_root / name).is_dir():
         folder = data_root / name
     if not name.strip() or not folder.is_dir():

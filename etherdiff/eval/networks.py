@@ -316,7 +316,7 @@ def load_backbone(role: str, spec: str, device: str) -> Backbone:
     from etherdiff.eval.folders import load_from_folder
     from etherdiff.eval.libraries import OpenClip, load_inception, load_lpips
 
-    if not spec.startswith(TINY) and not Path(spec).expanduser().is_dir():
+    if not spec.startswith(TINY) and not Path(spec).is_dir():
         kind = spec.partition(":")[0]
         if kind == "lpips" and role == "lpips":
             return load_lpips(spec, device)
@@ -336,7 +336,7 @@ def find_source(role: str, spec: str) -> NetworkSource:
     if spec.startswith(TINY):
         name = spec.removeprefix(TINY)
         return NetworkSource(f"etherdiff/tiny-{name}", tiny_part(name))
-    folder = Path(spec).expanduser()
+    folder = Path(spec)
     if folder.is_dir():
         return NetworkSource(folder.resolve().name, folder)
     if ":" in spec or "/" not in spec or spec.startswith((".", "/", "~")):

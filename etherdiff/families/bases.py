@@ -45,8 +45,8 @@ def find_base(name: str, prediction_type: str | None = None, parts: Parts = "wei
         from etherdiff.tiny import tiny_folder
 
         base = Base(name, tiny_folder(), prediction_type=prediction_type)
-    elif Path(name).expanduser().is_dir():
-        base = Base(name, Path(name).expanduser().resolve(), prediction_type=prediction_type)
+    elif Path(name).is_dir():
+        base = Base(name, Path(name).resolve(), prediction_type=prediction_type)
     elif Path(name).suffix in (".safetensors", ".ckpt", ".pt", ".bin", ".pth"):
         base = _single_file_base(name, prediction_type)
     elif parts == "configs" and name in ARCHITECTURES:  # shipped: no network needed
@@ -58,7 +58,7 @@ def find_base(name: str, prediction_type: str | None = None, parts: Parts = "wei
 
 
 def _single_file_base(name: str, prediction_type: str | None) -> Base:
-    path = Path(name).expanduser()
+    path = Path(name)
     if not path.is_file():
         raise UserError(f"base {name}: there is no such file.")
     kind = identify_single_file(path)

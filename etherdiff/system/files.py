@@ -17,6 +17,8 @@ import platformdirs
 import psutil
 from safetensors import SafetensorError
 
+from etherdiff.system.text import expand_home
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -230,15 +232,15 @@ def cache_dir() -> Path:
     ETHERDIFF_CACHE names it; else it is in XDG_CACHE_HOME, on any system, or where the system keeps caches.
     """
     if named := os.environ.get("ETHERDIFF_CACHE"):
-        return Path(named).expanduser()
+        return Path(expand_home(named))
     if root := os.environ.get("XDG_CACHE_HOME"):
-        return Path(root).expanduser() / "etherdiff"
+        return Path(expand_home(root)) / "etherdiff"
     return platformdirs.user_cache_path("etherdiff", appauthor=False)
 
 
 def data_root(named: Path | None) -> Path | None:
     """Return the folder in which subjects and datasets are looked up: the one named, else ETHERDIFF_DATA, else none."""
     if named is not None:
-        return named.expanduser()
+        return named
     from_environment = os.environ.get("ETHERDIFF_DATA")
-    return Path(from_environment).expanduser() if from_environment else None
+    return Path(expand_home(from_environment)) if from_environment else None

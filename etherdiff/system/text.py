@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,19 @@ def read_user_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read ({error}); save it as UTF-8") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def expand_home(value: Any) -> Any:
+    """Return a path, or a text that may be one, or several, with `~` and `~USER` at its beginning replaced, as a shell does.
+
+    Options, arguments and the environment's variables are passed through here where they are read, and nowhere else. Of an
+    unknown user, and anything that is no path, nothing is changed.
+    """
+    if isinstance(value, list | tuple):
+        return type(value)(map(expand_home, value))
+    if isinstance(value, str | Path) and str(value).startswith("~"):
+        return type(value)(os.path.expanduser(value))  # noqa: PTH111  Path.expanduser raises for an unknown user
+    return value
 
 
 def read_user_json(path: Path) -> Any:

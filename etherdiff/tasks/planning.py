@@ -154,7 +154,7 @@ def try_adapter(base: Base, method: str, options: MethodOptions) -> nn.Module:
 
 def absolute(name: str) -> str:
     """Return a path that exists as an absolute one; any other name as it is."""
-    path = Path(name).expanduser()
+    path = Path(name)
     return str(path.absolute()) if path.exists() and name != "tiny" else name
 
 

@@ -150,7 +150,7 @@ def find_subject(subject: str, data_root: Path | None, download: bool = True) ->
     Raises:
         UserError: no such folder or name, no images in it, or the hub did not give them.
     """
-    folder = _home_expanded(subject)
+    folder = Path(subject)
     if subject.strip() and _is_folder(folder):
         return _from_folder(folder)
     if _is_plain_name(subject) and data_root is not None and _is_folder(data_root / "dreambooth" / subject):
@@ -160,13 +160,6 @@ def find_subject(subject: str, data_root: Path | None, download: bool = True) ->
     if subject in SUBJECT_CLASSES:
         return _from_folder(_fetch_from_hub(subject, data_root) if download else _find_cached(subject))
     raise UserError(_why_not_found(subject, folder, data_root))
-
-
-def _home_expanded(subject: str) -> Path:
-    try:
-        return Path(subject).expanduser()
-    except RuntimeError:  # ~name of nobody here
-        return Path(subject)
 
 
 def _is_folder(path: Path) -> bool:

@@ -66,7 +66,7 @@ def export_adapter(
     Raises UserError where the adapter is for another base, cannot be exact as a LoRA, or the output exists; ProofError
     where the file does not do what the adapter does. Both leave nothing behind.
     """
-    saved, output = read_adapter(adapter), Path(output).expanduser().resolve()
+    saved, output = read_adapter(adapter), Path(output).resolve()
     if format == "peft":
         return _copy_adapter(saved, output, scale) | {"same_base": trained_on(saved, base)}
     refuse_inexact_lora(saved.peft_type)
@@ -152,7 +152,7 @@ def _kohya_rank(factors: Factors) -> int:
 
 def _metadata(base: Base, factors: Factors, kohya: bool) -> dict[str, str]:
     """The safetensors header's texts: where the file comes from, and what its format's readers look for."""
-    name = Path(base.name).name if base.local_path == Path(base.name).expanduser().resolve() else base.name
+    name = Path(base.name).name if base.local_path == Path(base.name).resolve() else base.name
     common = {
         "made_by": f"etherdiff {__version__}",
         "base_model": name,

@@ -66,7 +66,7 @@ def inspect_base(options: InspectOptions) -> dict[str, Any]:
     if found.value:
         problems.check(found.value.resolution_problems, resolution)
     (base,) = problems.settle(found)
-    is_local = options.base == "tiny" or Path(options.base).expanduser().exists()
+    is_local = options.base == "tiny" or Path(options.base).exists()
     plain = _meta_unet(base)
     return {
         "base": options.base,

@@ -58,10 +58,10 @@ def merge_to_folder(
     Raises UserError where the input or the output is wrong, ProofError where the result does not do what the adapted
     model does; both leave nothing behind.
     """
-    output = Path(output).expanduser().resolve()
+    output = Path(output).resolve()
     refuse_existing(output)
     if single_file is not None:
-        single_file = Path(single_file).expanduser().resolve()
+        single_file = Path(single_file).resolve()
         refuse_unfit_file(single_file)
     if not adapters and hint_encoder is None:
         raise UserError("nothing to merge: give at least one adapter.")

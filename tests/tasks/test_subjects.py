@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 from PIL import Image
 
+from etherdiff.config import DreamBoothConfig
 from etherdiff.system.errors import UserError
 from etherdiff.tasks.subjects import (
     LIVE_CLASSES,
@@ -144,7 +145,7 @@ def test_the_working_directory_and_the_home_folder(tmp_path, monkeypatch):
     photos(Path())
     assert find_subject(".", None).name == "cwd"
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert find_subject("~/cwd", None).name == "cwd"
+    assert find_subject(DreamBoothConfig(subject="~/cwd").subject, None).name == "cwd"
 
 
 def test_a_folder_without_images_says_what_it_holds_and_what_counts(tmp_path):

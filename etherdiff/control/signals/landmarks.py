@@ -17,7 +17,7 @@ from etherdiff.control.signals.signal import Signal, Size, crop_box, upright_siz
 from etherdiff.images.reading import read_image
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import cache_dir, file_hash, write_text
-from etherdiff.system.text import read_user_text
+from etherdiff.system.text import expand_home, read_user_text
 
 TASK_FILE = "ETHERDIFF_FACE_LANDMARKER"
 """The environment variable that names mediapipe's model (face_landmarker.task)."""
@@ -137,12 +137,12 @@ class Landmarks(Signal):
 
 def find_task_file(named: Path | None = None) -> Path | None:
     """Return the model for `detect`: the one named, else ETHERDIFF_FACE_LANDMARKER's. UserError where there is no such file."""
-    path = named or (Path(os.environ[TASK_FILE]) if os.environ.get(TASK_FILE) else None)
+    path = named or (Path(expand_home(os.environ[TASK_FILE])) if os.environ.get(TASK_FILE) else None)
     if path is None:
         return None
-    if not path.expanduser().is_file():
+    if not path.is_file():
         raise UserError(f"{path}: there is no such file; {TASK_FILE} names mediapipe's model, face_landmarker.task")
-    return path.expanduser()
+    return path
 
 
 class NoFaceError(UserError):

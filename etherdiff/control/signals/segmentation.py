@@ -79,7 +79,7 @@ def find_palette(named: str) -> Palette:
         from etherdiff.tiny.world import CLASSES, PALETTE
 
         return Palette("tiny", CLASSES, tuple(map(_colour, PALETTE.tolist())), ignored=())
-    path = Path(named).expanduser()
+    path = Path(named)
     if not path.is_file():
         raise UserError(
             f'palette {named}: neither ade20k nor tiny nor a file; give a JSON file like {{"sky": [0, 90, 250], …}}'
