@@ -168,11 +168,11 @@ def fingerprint(base: Base) -> dict[str, str]:
 def weight_files(base: Base, component: str) -> list[Path]:
     """Return the safetensors files that `from_pretrained` reads for a component, if possible without a variant such as fp16."""
     files = sorted((base.folder / component).glob("*.safetensors"))
-    plain = [path for path in files if _variant(path) is None]
-    return plain or [path for path in files if _variant(path) == _variant(files[0])]
+    plain = [path for path in files if variant_of(path) is None]
+    return plain or [path for path in files if variant_of(path) == variant_of(files[0])]
 
 
-def _variant(path: Path) -> str | None:
+def variant_of(path: Path) -> str | None:
     """Return fp16 for diffusion_pytorch_model.fp16.safetensors, also for its shards (….fp16-00001-of-00002.…)."""
     middle = path.name.split(".")[1:-1]
     return re.sub(r"-\d+-of-\d+$", "", middle[0]) if middle else None
@@ -187,7 +187,7 @@ def _load(base: Base, cls: Any, component: str, **options: Any) -> Any:
             f"base {base.name}: {component}/ {why}. etherdiff reads safetensors only; convert it with "
             "pipe = StableDiffusionPipeline.from_pretrained(…); pipe.save_pretrained(…, safe_serialization=True)."
         )
-    variant = _variant(files[0])
+    variant = variant_of(files[0])
     folder = str(base.folder)
     return _read(
         base,

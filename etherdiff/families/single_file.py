@@ -206,7 +206,20 @@ def _original_open_clip(text: StateDict) -> StateDict:
         elif not re.search(r"\.self_attn\.[kv]_proj\.", key):
             fused[key] = value
     rules = list(_open_clip_rules())
-    return {_rename(key, rules): value for key, value in fused.items()}
+    named = {_rename(key, rules): value for key, value in fused.items()}
+    return named | _unused_open_clip(named)
+
+
+def _unused_open_clip(named: StateDict) -> StateDict:
+    """What no image depends on, and readers look for, as sd-scripts fills it in: a last layer, a projection of ones, a scale.
+
+    diffusers 0.28 to 0.32 do not open a file without `text_projection`.
+    """
+    before = "transformer.resblocks.22."
+    last = {key.replace(before, "transformer.resblocks.23."): named[key].clone() for key in named if key.startswith(before)}
+    like = named["ln_final.weight"]
+    projection = torch.ones(len(like), len(like), dtype=like.dtype, device=like.device)
+    return last | {"text_projection": projection, "logit_scale": torch.tensor(1)}
 
 
 def _open_clip_rules() -> Iterator[Rule]:

@@ -1,10 +1,11 @@
 """`etherdiff merge`: a run as a plain diffusers pipeline, and as a single-file checkpoint, each proved.
 
-What is written is read back with plain diffusers, and one denoising pass is compared with the adapted model's, before it
-takes its final name.
+What is written is read back with plain diffusers, and one denoising pass and one decoding are compared with the adapted
+model's, before it takes its final name.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from torch import Tensor
 from etherdiff.adapters.io import load_adapters, merge_adapter, read_adapter
 from etherdiff.config import MergeOptions
 from etherdiff.control.pipeline import HintEncoder, add_code
-from etherdiff.families.sd1 import COMPONENTS, Base, encode_prompts, load_base, save_text_encoder, weight_files
+from etherdiff.families.sd1 import COMPONENTS, Base, encode_prompts, load_base, save_text_encoder, variant_of, weight_files
 from etherdiff.families.single_file import write_single_file
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import save_tensors, staged_file, staged_folder
+from etherdiff.system.terminal import say
 from etherdiff.use.generate import run_source
-from etherdiff.use.proof import PROOF_PROMPT, TOLERANCE, predict, prove, refuse_existing, refuse_unfit_file, trained_on
+from etherdiff.use.proof import PROOF_PROMPT, TOLERANCE, decode, predict, prove, refuse_existing, refuse_unfit_file, trained_on
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CONFIG_SUFFIXES = {".json", ".txt", ".model"}
@@ -56,7 +58,7 @@ def merge_to_folder(
     files, the number of files written, left_out, optional components that the base names but does not have, and
     same_base, whether every adapter was trained on this base (None: not recorded).
     Raises UserError where the input or the output is wrong, ProofError where the result does not do what the adapted
-    model does; both leave nothing behind.
+    model does; both leave nothing behind, but for the proved folder where it is the single file that fails.
     """
     output = Path(output).resolve()
     refuse_existing(output)
@@ -69,16 +71,20 @@ def merge_to_folder(
         raise UserError("--single-file: no such file holds a control encoder; the folder of --output does")
     saved = [read_adapter(folder) for folder, _ in adapters]
     with staged_folder(output) as staged:
-        reference, left_out = _write_merged(base, adapters, staged, dtype, hint_encoder)
+        (reference, image), left_out = _write_merged(base, adapters, staged, dtype, hint_encoder)
         pipeline = _read_plainly(staged) if hint_encoder is None else _read_with_its_code(staged)
-        differences = [prove(pipeline, reference, TOLERANCE[dtype], "the merged pipeline")]
+        differences = [prove(pipeline, reference, TOLERANCE[dtype], "the merged pipeline", image)]
         files = sum(path.is_file() for path in staged.rglob("*"))
-        if single_file is not None:
+    if single_file is not None:
+        try:
             with staged_file(single_file, own_name=True) as file:
                 write_single_file(pipeline.unet, pipeline.vae, pipeline.text_encoder, file, dtype)
-                pipeline = _read_single_file(file, staged)
-                differences.append(prove(pipeline, reference, TOLERANCE[dtype], "the single file"))
-            files += 1
+                pipeline = _read_single_file(file, output, pipeline)
+                differences.append(prove(pipeline, reference, TOLERANCE[dtype], "the single file", image))
+        except BaseException:
+            say(f"{output} is written and proved; the single file failed.")
+            raise
+        files += 1
     worst = max(differences, key=lambda difference: difference.relative)
     same = [trained_on(adapter, base) for adapter in saved]
     return worst.as_dict() | {
@@ -90,12 +96,13 @@ def merge_to_folder(
 
 def _write_merged(
     base: Base, adapters: list[tuple[Path, float]], folder: Path, dtype: torch.dtype, hint_encoder: Path | None
-) -> tuple[Tensor, list[str]]:
-    """Fill `folder`; returns the adapted model's prediction from before the merge, and what was left out."""
+) -> tuple[tuple[Tensor, Tensor], list[str]]:
+    """Fill `folder`; returns the adapted model's prediction and decoded image from before, and what was left out."""
     model = load_base(base)
     adapted = load_adapters(model.unet, list(adapters))
     encoder = HintEncoder.from_pretrained(hint_encoder, local_files_only=True) if hint_encoder else None
     reference = predict(model.unet, encode_prompts(model.tokenizer, model.text_encoder, [PROOF_PROMPT]), encoder)
+    image = decode(model.vae)
     left_out = _copy_components(base, folder)
     if encoder is not None:
         encoder.to(dtype).save_pretrained(folder / "hint_encoder")
@@ -105,7 +112,7 @@ def _write_merged(
         _save_weights(model.vae, folder / "vae" / VAE_WEIGHTS, dtype)
         text_encoder: Any = model.text_encoder
         save_text_encoder(text_encoder.to(dtype), folder / "text_encoder")
-    return reference, left_out
+    return (reference, image), left_out
 
 
 def _copy_components(base: Base, folder: Path) -> list[str]:
@@ -116,8 +123,7 @@ def _copy_components(base: Base, folder: Path) -> list[str]:
     for name in named:
         if name not in left_out:
             (folder / name).mkdir()
-            for target, source in _component_files(base, name).items():
-                shutil.copyfile(source, folder / name / target)  # follows the links of a hub cache
+            _copy_component(base, name, folder / name)
     if left_out:
         changes: dict[str, Any] = {name: [None, None] for name in left_out}
         if "safety_checker" in left_out:
@@ -141,19 +147,25 @@ def _is_complete(base: Base, name: str) -> bool:
     return bool(weight_files(base, name)) or not pickled
 
 
-def _component_files(base: Base, name: str) -> dict[str, Path]:
-    """File name in the output -> source: configurations, vocabularies, and the weights that etherdiff reads.
+def _copy_component(base: Base, name: str, folder: Path) -> None:
+    """Copy configurations, vocabularies, and the weights that etherdiff reads.
 
-    Weights that exist only as a variant, such as fp16, lose it in their name, or plain diffusers would not find them.
+    Weights that exist only as a variant, such as fp16, lose it in their names and in the index of their shards, or plain
+    diffusers would not find them.
     """
     weights = weight_files(base, name) if name != "unet" else []
-    variant = weights[0].name.split(".")[1] if weights and weights[0].name.count(".") > 1 else None
-    files = {path.name.replace(f".{variant}.", ".") if variant else path.name: path for path in weights}
+    variant = variant_of(weights[0]) if weights else None
+    names = {path.name: re.sub(rf"\.{variant}(?=[-.])", "", path.name) for path in weights}
+    for path in weights:
+        shutil.copyfile(path, folder / names[path.name])  # follows the links of a hub cache
     for path in (base.folder / name).iterdir():
-        is_index = ".index." in path.name
-        if path.suffix in CONFIG_SUFFIXES and (not is_index or (len(weights) > 1 and "safetensors" in path.name)):
-            files[path.name] = path
-    return files
+        if path.suffix in CONFIG_SUFFIXES and ".index." not in path.name:
+            shutil.copyfile(path, folder / path.name)
+    ending = f".safetensors.index.{variant}.json" if variant else ".safetensors.index.json"
+    for path in (base.folder / name).glob(f"*{ending}") if len(weights) > 1 else ():
+        index = json.loads(path.read_text(encoding="utf-8"))
+        index["weight_map"] = {key: names.get(file, file) for key, file in index["weight_map"].items()}
+        _write_json(folder / (path.name.removesuffix(ending) + ".safetensors.index.json"), index)
 
 
 def _save_weights(module: Any, path: Path, dtype: torch.dtype) -> None:
@@ -177,8 +189,11 @@ def _read_with_its_code(folder: Path) -> Any:
     return DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, trust_remote_code=True).to(torch.float32)
 
 
-def _read_single_file(path: Path, config: Path) -> Any:
-    pipeline = StableDiffusionPipeline.from_single_file(
-        str(path), config=str(config), local_files_only=True, safety_checker=None
-    )
+def _read_single_file(path: Path, config: Path, folder: Any) -> Any:
+    """Read what the file holds; what it does not hold is that of the folder's pipeline.
+
+    diffusers asks transformers for every other class that model_index.json names, also for those that it no longer has.
+    """
+    others = {"tokenizer": folder.tokenizer, "scheduler": folder.scheduler, "feature_extractor": None, "safety_checker": None}
+    pipeline = StableDiffusionPipeline.from_single_file(str(path), config=str(config), local_files_only=True, **others)
     return pipeline.to(torch.float32)

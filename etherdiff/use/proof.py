@@ -1,4 +1,4 @@
-"""Proof that what was written does what the adapted model does: read back, and compared in one denoising pass."""
+"""Proof that what was written does what the adapted model does: read back, and compared in a denoising pass and a decoding."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,10 +49,31 @@ def predict(unet: Any, text: Tensor, hint_encoder: Any = None) -> Tensor:
         return unet(latents, PROOF_TIMESTEP, text, return_dict=False)[0]
 
 
-def prove(pipeline: Any, reference: Tensor, tolerance: float, what: str) -> Difference:
-    """Compare a pipeline that was read back with the adapted model's prediction. ProofError above the tolerance."""
+@torch.no_grad()
+def decode(vae: Any) -> Tensor:
+    """Decode fixed latents: (1, 3, H, W), of PROOF_LATENTS // 2 a side."""
+    side = PROOF_LATENTS // 2
+    latents = torch.randn(1, vae.config.latent_channels, side, side, generator=torch.Generator().manual_seed(0))
+    return vae.decode(latents, return_dict=False)[0]
+
+
+def prove(pipeline: Any, reference: Tensor, tolerance: float, what: str, image: Tensor | None = None) -> Difference:
+    """Compare a pipeline that was read back with the adapted model's prediction, and with what its autoencoder decodes.
+
+    image: the decoded latents; None where only the UNet was written. Returns the worse difference. ProofError above the
+    tolerance.
+    """
     text = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [PROOF_PROMPT])
-    error = predict(pipeline.unet, text, getattr(pipeline, "hint_encoder", None)) - reference
+    predicted = predict(pipeline.unet, text, getattr(pipeline, "hint_encoder", None))
+    difference = _compare(predicted, reference, tolerance, what)
+    if image is None:
+        return difference
+    decoded = _compare(decode(pipeline.vae), image, tolerance, f"the autoencoder (VAE) of {what}")
+    return max(difference, decoded, key=lambda found: found.relative)
+
+
+def _compare(found: Tensor, reference: Tensor, tolerance: float, what: str) -> Difference:
+    error = found - reference
     difference = Difference(error.abs().max().item(), (error.norm() / reference.norm()).item())
     if not difference.relative <= tolerance:  # also where it is NaN
         raise ProofError(

@@ -206,7 +206,7 @@ def shapes(state):
     return {key: tuple(value.shape) for key, value in state.items()}
 
 
-@pytest.mark.parametrize(("name", "published", "text_tensors"), [("sd15", PUBLISHED_SD15, 197), ("sd21", PUBLISHED_SD21, 280)])
+@pytest.mark.parametrize(("name", "published", "text_tensors"), [("sd15", PUBLISHED_SD15, 197), ("sd21", PUBLISHED_SD21, 294)])
 def test_full_size_layout(name, published, text_tensors):
     folder = shipped_config(name)
     with torch.device("meta"):
@@ -375,3 +375,16 @@ def test_shipped_folder_serves_from_single_file(tmp_path, name):
     assert isinstance(pipeline.scheduler, PNDMScheduler if name == "sd15" else DDIMScheduler)
     assert pipeline.safety_checker is None
     assert len(pipeline.tokenizer) == 49_408
+
+
+def test_stable_diffusion_2_has_what_readers_look_for():
+    """As sd-scripts writes it; diffusers 0.28 to 0.32 do not open a file without the projection."""
+    models = tiny_models(width=1024, linear=True)
+    models.text_encoder = tiny_text_encoder(1024, layers=23)
+    state = original_state_dict(**vars(models))
+    prefix = "cond_stage_model.model."
+    assert torch.equal(state[prefix + "text_projection"], torch.ones(1024, 1024))
+    assert state[prefix + "logit_scale"] == 1
+    layers = [{key for key in state if f".resblocks.{i}." in key} for i in (22, 23)]
+    assert layers[1] == {key.replace(".22.", ".23.") for key in layers[0]} != set()
+    assert all(torch.equal(state[key], state[key.replace(".22.", ".23.")]) for key in layers[0])

@@ -500,13 +500,6 @@ def test_a_result_that_is_not_proved_is_removed(base, adapters, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_single_file_that_is_not_proved_is_removed_with_its_folder(base, adapters, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge, "_read_single_file", lambda *_: StableDiffusionPipeline.from_pretrained(base.folder))
-    with pytest.raises(ProofError, match="the single file"):
-        merge_to_folder(base, [(adapters["ether+"], 1.0)], tmp_path / "out", single_file=tmp_path / "out.safetensors")
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("kind", ["lora", "kohya"])
 def test_a_lora_that_is_not_proved_is_removed(kind, base, adapters, tmp_path, monkeypatch):
     factors = export.lora_factors
