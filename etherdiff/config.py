@@ -288,10 +288,12 @@ class GenerateOptions(Options):
         None, ge=0, le=100, description="strength of the prompt [default: 7.5; with control 9]"
     )
     negative_prompt: str = Field("", description="what the images should not show")
+    long_prompts: bool = Field(False, description="read prompts of more than 75 tokens whole, in parts, as the WebUIs do")
     resolution: int | None = Field(None, ge=1, description="side of the images in pixels [default: the base's]")
     scale: float = Field(1.0, ge=-100, le=100, description="multiplies the adapter's update; 0 is the base")
     device: DeviceName = Field("auto", description="where to compute: auto, cpu, cuda or mps")
     offload: bool = Field(False, description="move each model to the GPU only while it runs")
+    overwrite: bool = Field(False, description="replace images made with other settings")
 
     @field_validator("seed")
     @classmethod

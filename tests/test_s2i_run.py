@@ -187,8 +187,11 @@ def test_generate_follows_files_and_folders(run, tmp_path):
     settings = read_png_settings(pictures[0])
     assert (settings["control"], settings["seed"], settings["sampler"]) == ("000.png", 0, "DDIM")
     draw(run, maps / "001.png", tmp_path / "one")
-    for path in (tmp_path / "one").glob("*/*.png"):
-        assert path.read_bytes() == (tmp_path / "all" / path.parent.name / path.name).read_bytes()
+    folders = ["000-000-a-photo-of-a-red-ball", "001-001-a-photo-of-a-red-ball"]
+    assert sorted({path.parent.name for path in pictures}) == folders
+    for seed in (0, 1):
+        (path,) = (tmp_path / "one").glob(f"000-001-*/{seed}.png")
+        assert path.read_bytes() == (tmp_path / "all" / folders[1] / f"{seed}.png").read_bytes()
 
 
 def test_generate_says_all_that_is_wrong(run, tmp_path):

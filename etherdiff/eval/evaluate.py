@@ -28,7 +28,7 @@ from etherdiff.eval.metrics import METRICS, metric_of
 from etherdiff.eval.networks import versions_of
 from etherdiff.families.sampling import sheet
 from etherdiff.images.reading import read_image
-from etherdiff.images.writing import save_png
+from etherdiff.images.writing import is_whole, save_png
 from etherdiff.runs.result import named_differences
 from etherdiff.runs.run import Run
 from etherdiff.system.devices import resolve_device
@@ -209,16 +209,6 @@ def write_set(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
     """Record what a set of images is made with, before its first image."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", read_sets(folder) | {name: settings})
-
-
-def is_whole(path: Path) -> bool:
-    """Say whether a PNG is there and not cut or damaged."""
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except (OSError, SyntaxError, ValueError):  # what Pillow raises of a PNG that is cut or damaged
-        return False
-    return True
 
 
 def drawing_versions() -> dict[str, str]:

@@ -144,10 +144,42 @@ def encode_prompts(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompt
     """Return text embeddings (len(prompts), tokens, width) as the UNet reads them. Prompts that are too long are cut."""
     length = tokenizer.model_max_length
     tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return _encode_tokens(text_encoder, tokens.input_ids, tokens.attention_mask)
+
+
+def encode_long_prompts(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: list[str]) -> Tensor:
+    """Return text embeddings (len(prompts), 77 k, width) of all that prompts say, in as many parts as the longest has.
+
+    As the WebUIs do: each part is encoded by itself, with its own start, end and padding, and the embeddings are joined.
+    """
+    length = tokenizer.model_max_length
+    parts = [token_chunks(tokenizer, prompt) for prompt in prompts]
+    count = max(map(len, parts))
+    rows = [
+        [tokenizer.bos_token_id, *part, tokenizer.eos_token_id] for one in parts for part in one + [[]] * (count - len(one))
+    ]
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    return _encode_tokens(text_encoder, ids, mask).unflatten(0, (len(prompts), count)).flatten(1, 2)
+
+
+def token_chunks(tokenizer: CLIPTokenizer, prompt: str) -> list[list[int]]:
+    """Split a prompt's tokens into parts of as many as the text encoder reads between start and end; at least one part."""
+    ids = tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    size = tokenizer.model_max_length - 2
+    return [ids[start : start + size] for start in range(0, len(ids), size)] or [[]]
+
+
+def cut_off(tokenizer: CLIPTokenizer, prompt: str) -> str:
+    """Return the end of a prompt that `encode_prompts` does not read; empty where it reads all."""
+    return str(tokenizer.decode([token for part in token_chunks(tokenizer, prompt)[1:] for token in part])).strip()
+
+
+def _encode_tokens(text_encoder: CLIPTextModel, ids: Tensor, mask: Tensor) -> Tensor:
     uses_mask = getattr(text_encoder.config, "use_attention_mask", None)
-    mask = tokens.attention_mask.to(text_encoder.device) if uses_mask else None
     with torch.no_grad():
-        return text_encoder(tokens.input_ids.to(text_encoder.device), attention_mask=mask)[0]
+        used = mask.to(text_encoder.device) if uses_mask else None
+        return text_encoder(ids.to(text_encoder.device), attention_mask=used)[0]
 
 
 def fingerprint(base: Base) -> dict[str, str]:

@@ -53,6 +53,16 @@ def read_png_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
+def is_whole(path: Path) -> bool:
+    """Say whether a PNG is there and not cut or damaged."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises of a PNG that is cut or damaged
+        return False
+    return True
+
+
 def _webui_parameters(settings: dict[str, Any], size: tuple[int, int]) -> str:
     """The "parameters" text of AUTOMATIC1111's WebUI: prompt, negative prompt, one line of "Name: value" pairs."""
     lines = [str(settings.get("prompt") or "")]

@@ -48,6 +48,10 @@ LIVE_PROMPTS: tuple[str, ...] = tuple(_DREAMBOOTH["live_prompts"])
 """DreamBooth's 25 prompt templates for live subjects, in the dataset's order."""
 
 
+SLOT = re.compile(r"\{(identifier|class_noun)\}")
+"""A place in a prompt that is filled in."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """What a run learns: its images, and the class noun where it is known (a subject of DreamBooth or of the tiny world)."""
@@ -79,13 +83,15 @@ def make_prompts(texts: Sequence[str], identifier: str, class_noun: str) -> tupl
 
     A text without {identifier} may hold the identifier itself. UserError where it is not clear which word that is.
     """
-    values = {"identifier": identifier, "class_noun": class_noun}
-
-    def fill(template: str) -> str:  # in one pass: what is filled in is not looked at again
-        return re.sub(r"\{(identifier|class_noun)\}", lambda slot: values[slot[1]], template).strip()
-
     templates = [_as_template(text, identifier, class_noun) for text in texts]
-    return tuple(EvalPrompt(fill(template), fill(re.sub(r"\{identifier\}\s*", "", template))) for template in templates)
+    both = [(template, re.sub(r"\{identifier\}\s*", "", template)) for template in templates]
+    return tuple(EvalPrompt(*(fill_in(text, identifier, class_noun) for text in forms)) for forms in both)
+
+
+def fill_in(template: str, identifier: str, class_noun: str) -> str:
+    """Fill in {identifier} and {class_noun}, in one pass: what is filled in is not looked at again."""
+    values = {"identifier": identifier, "class_noun": class_noun}
+    return SLOT.sub(lambda slot: values[slot[1]], template).strip()
 
 
 def _as_template(text: str, identifier: str, class_noun: str) -> str:

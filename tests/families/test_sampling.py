@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DDIMScheduler
 
 from etherdiff.families.sampling import sample
-from etherdiff.families.sd1 import make_pipeline
+from etherdiff.families.sd1 import cut_off, encode_long_prompts, encode_prompts, make_pipeline
 from etherdiff.system.errors import RunError
 
 
@@ -34,3 +35,23 @@ def test_steps_are_as_many_as_the_schedule_allows(model):
         timesteps = scheduler.timesteps.numpy()
         assert (np.diff(timesteps) < 0).all()
         assert 0 <= timesteps.min() <= timesteps.max() <= most + 1
+
+
+def test_long_prompts_are_encoded_by_parts(model):
+    """Held against an encoding by hand: each part of 75 tokens with its own start, end and padding."""
+    tokenizer, encoder = model.tokenizer, model.text_encoder
+    words = ["red", "ball", "tree", "house"] * 25  # a token each
+    found = encode_long_prompts(tokenizer, encoder, [" ".join(words), "a tree"])
+    parts = [" ".join(words[:75]), " ".join(words[75:]), "a tree", ""]
+    padded = [tokenizer(part, padding="max_length", max_length=77, return_tensors="pt").input_ids for part in parts]
+    assert all(ids.shape == (1, 77) for ids in padded)
+    with torch.no_grad():
+        states = [encoder(ids).last_hidden_state[0] for ids in padded]
+    assert found.shape == (2, 154, states[0].shape[-1])
+    assert torch.allclose(found[0], torch.cat(states[:2]), atol=1e-5)
+    assert torch.allclose(found[1], torch.cat(states[2:]), atol=1e-5)
+    assert torch.allclose(
+        encode_long_prompts(tokenizer, encoder, parts[:1]), encode_prompts(tokenizer, encoder, parts[:1]), atol=1e-5
+    )
+    assert cut_off(tokenizer, " ".join(words)) == parts[1]
+    assert cut_off(tokenizer, parts[0]) == cut_off(tokenizer, "") == ""
