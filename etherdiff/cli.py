@@ -18,7 +18,7 @@ from etherdiff import __version__
 from etherdiff import config as c
 from etherdiff.system.errors import ProofError, RunError, Stopped, UserError
 from etherdiff.system.signals import stop_signals
-from etherdiff.system.text import expand_home
+from etherdiff.system.text import expand_home, program
 
 app = typer.Typer(
     name="etherdiff",
@@ -303,7 +303,7 @@ def perturb(options: c.PerturbConfig) -> None:
     from etherdiff.tasks.perturb import perturb as make
 
     run = make(options)
-    say(f"{run}: done. Next: etherdiff eval {run}")
+    say(f"{run}: done. Next: {program('eval', run)}")
 
 
 @command("table", JUDGE, c.TableOptions)
@@ -410,11 +410,12 @@ def _say_next(run: Path) -> None:
 
     controlled = RunFolder(run).control_encoder.is_dir()
     say(f"\n{run}: done. Next:")
-    say(f"  etherdiff generate --run {run} {'--control MAP ' if controlled else ''}--prompt '…' --output pictures")
-    say(f"  etherdiff eval {run}                        # draws and scores")
-    say(f"  etherdiff merge {run} --output merged        # a diffusers pipeline")
+    control = ["--control", "MAP"] if controlled else []
+    say(f"  {program('generate', '--run', run, *control, '--prompt', '…', '--output', 'pictures')}")
+    say(f"  {program('eval', run)}                        # draws and scores")
+    say(f"  {program('merge', run, '--output', 'merged')}        # a diffusers pipeline")
     if not controlled:
-        say(f"  etherdiff export {run} --format kohya --output adapter.safetensors")
+        say(f"  {program('export', run, '--format', 'kohya', '--output', 'adapter.safetensors')}")
 
 
 def _print_version(wanted: bool) -> None:

@@ -272,6 +272,9 @@ class GenerateOptions(Options):
     output: Path = Field(description="folder for the images")
     run: Path | None = Field(None, description="run folder: its base and its adapter")
     base: PathOrName | None = Field(None, description="without a run: sd15, sd21, tiny, hub id, folder or .safetensors")
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="what --base predicts [default: as its scheduler says; a 2.x single file: v_prediction]"
+    )
     adapter: tuple[Path, ...] = Field((), description="adapter folder for --base; repeat to add several")
     prompt: tuple[str, ...] = Field((), description="what to draw; repeat for several")
     prompts: Path | None = Field(None, description="text file with a prompt per line; # begins a comment")

@@ -20,6 +20,7 @@ from etherdiff.system.devices import DTYPES, explained
 from etherdiff.system.errors import NotFiniteError, Stopped, UserError
 from etherdiff.system.locks import LOCK, run_lock
 from etherdiff.system.terminal import say
+from etherdiff.system.text import program
 from etherdiff.tasks import plan_training
 from etherdiff.tasks.task import Training
 from etherdiff.train.batches import StepBatches
@@ -138,7 +139,7 @@ def run_loop(
 
 def how_to_go_on(run: RunFolder) -> str:
     """Return the command that goes on with a run."""
-    return f"go on with: etherdiff resume {run.path}"
+    return f"go on with: {program('resume', run.path)}"
 
 
 def open_run(

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from etherdiff.families.sd1 import COMPONENTS, WEIGHTS, Base
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import ASSETS, cache_dir, staged_file
 from etherdiff.system.hub import fetch
+from etherdiff.system.terminal import warn
 
 ShippedName = Literal["sd15", "sd21"]
 ALIASES = {
@@ -64,8 +66,18 @@ def _single_file_base(name: str, prediction_type: str | None) -> Base:
     kind = identify_single_file(path)
     if kind == "sd1":
         return Base(name, shipped_config("sd15"), path.resolve(), prediction_type)
-    # nothing in the file tells 2.x-base (epsilon) from 2.x at 768 px (velocity)
+    if prediction_type is None:
+        _say_how_read(name)
     return Base(name, shipped_config("sd21"), path.resolve(), prediction_type or "v_prediction")
+
+
+@cache
+def _say_how_read(name: str) -> None:
+    """Say once that a guess was made: nothing in a file tells 2.x-base (noise, 512 px) from 2.x (velocity, 768 px)."""
+    warn(
+        f"base {name}: read as Stable Diffusion 2.x that predicts velocity at 768 px. If it is 2.x-base, "
+        "train and draw with --prediction-type epsilon --resolution 512"
+    )
 
 
 def _check_family(base: Base) -> None:

@@ -1,7 +1,6 @@
 """Scores with intervals, beside those of the base, of real images and of the paper; each prompt's; what was left out."""
 
 import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from etherdiff.eval.metrics import HELD_OUT, METRICS
 from etherdiff.report.charts import Point, interval_bar
 from etherdiff.report.contents import Contents
 from etherdiff.runs.result import EvalResult, Score, SetScores
-from etherdiff.system.text import counted, score
+from etherdiff.system.text import counted, program, score
 
 TITLES = {"loss": "training loss", **{name: metric.title for name, metric in METRICS.items()}}
 REASONS = {
@@ -65,7 +64,7 @@ def scores_view(contents: Contents) -> dict[str, Any]:
     """What the template `scores` shows; without an evaluation, the command for one."""
     result = contents.result
     if result is None:
-        return {"command": f"etherdiff eval {shlex.quote(str(contents.run.path))}"}
+        return {"command": program("eval", contents.run.path)}
     paper = {name: one.value for name, one in result.paper.scores.items() if not one.differs}
     names = [name for name in result.scores if not name.endswith(HELD_OUT) and name not in BASELINES]
     return {

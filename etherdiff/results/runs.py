@@ -10,6 +10,7 @@ from typing import Any
 from etherdiff.runs.folder import SEAL, is_sealed
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
+from etherdiff.system.text import program
 
 PARTS = ("run.yaml", "metrics.jsonl", "checkpoints", "adapter", "control_encoder")
 """What shows that a folder is, or was, a run's."""
@@ -127,8 +128,8 @@ def read_run(path: Path, scored: bool) -> Run | LeftOut:
 def _why_unscored(run: Run) -> str:
     """A run that has not finished has to go on before it can be scored."""
     if any(result.is_dir() for result in run.results):
-        return f"{run.path} has not been scored: etherdiff eval {run.path}"
-    return f"it has not finished: etherdiff resume {run.path}"
+        return f"{run.path} has not been scored: {program('eval', run.path)}"
+    return f"it has not finished: {program('resume', run.path)}"
 
 
 def _damage(run: Run) -> str | None:
@@ -139,7 +140,7 @@ def _damage(run: Run) -> str | None:
         return str(error)
     steps = getattr(run.config, "steps", None)
     if judged and judged.checkpoint == "last" and None not in (judged.step, steps) and judged.step != steps:
-        return f"it was scored at step {judged.step}, and now has {steps}: etherdiff eval {run.path} --overwrite"
+        return f"it was scored at step {judged.step}, and now has {steps}: {program('eval', run.path, '--overwrite')}"
     return None
 
 

@@ -15,6 +15,7 @@ from etherdiff import __version__
 from etherdiff.config import RunConfig
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import file_hash, write_json, write_text
+from etherdiff.system.text import program
 
 SEAL = "# sha256 of what follows: "
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
@@ -149,7 +150,7 @@ def check_result(run: RunFolder, folder: Path) -> None:
     if damaged:
         raise UserError(
             f"{folder} is truncated, damaged or changed since the run wrote it: {', '.join(damaged)}. "
-            f"Write it again from the last checkpoint with: etherdiff resume {run.path}"
+            f"Write it again from the last checkpoint with: {program('resume', run.path)}"
         )
 
 

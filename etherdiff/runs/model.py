@@ -20,6 +20,7 @@ from etherdiff.runs.folder import RunFolder, check_result
 from etherdiff.runs.run import Run
 from etherdiff.system.devices import resolve_device
 from etherdiff.system.errors import UserError
+from etherdiff.system.text import program
 
 # --- Weights --------------------------------------------------------------------------------------------------------
 
@@ -130,7 +131,7 @@ def load_hint_encoder(run: RunFolder) -> HintEncoder:
         encoder = HintEncoder.from_pretrained(run.control_encoder, local_files_only=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"{run.control_encoder} cannot be read ({error}): etherdiff resume {run.path} writes it again"
+            f"{run.control_encoder} cannot be read ({error}): {program('resume', run.path)} writes it again"
         ) from error
     return encoder.requires_grad_(False).eval()
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from etherdiff.system.errors import UserError
+from etherdiff.system.text import program
 
 R = TypeVar("R", bound="Record")
 
@@ -166,11 +167,11 @@ def read_record(kind: type[R], path: Path) -> tuple[R, list[str]]:
 
 def read_result(run: Path) -> EvalResult:
     """Read a run's eval/metrics.json. UserError where it has none, or one that cannot be used."""
-    path, advice = run / "eval" / "metrics.json", f"score it again with etherdiff eval {run} --overwrite"
+    path, advice = run / "eval" / "metrics.json", f"score it again with {program('eval', run, '--overwrite')}"
     if not run.is_dir():
         raise UserError(f"{run}: there is no such run folder")
     if not path.is_file():
-        raise UserError(f"{run} has not been scored: etherdiff eval {run}")
+        raise UserError(f"{run} has not been scored: {program('eval', run)}")
     try:
         result, damaged = read_record(EvalResult, path)
     except UserError as error:

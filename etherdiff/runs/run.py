@@ -11,6 +11,7 @@ from etherdiff.config import TASK_CONFIGS, RunConfig, S2IConfig, load_run_config
 from etherdiff.runs.folder import RunFolder, check_result, manifest_of, read_metrics
 from etherdiff.runs.result import Best, Cost, EvalResult, Record, Score, read_record, read_result
 from etherdiff.system.errors import UserError
+from etherdiff.system.text import program
 
 REFITTED = "+magnitude"
 """Ending of the method of a run whose magnitudes were fitted again."""
@@ -128,7 +129,7 @@ class Run:
         for result in self.results:
             if not result.is_dir():
                 raise UserError(
-                    f"{self.path} has no {result.name} yet: the run has not finished (etherdiff resume {self.path})"
+                    f"{self.path} has no {result.name} yet: the run has not finished ({program('resume', self.path)})"
                 )
             check_result(self.folder, result)
 

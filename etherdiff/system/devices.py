@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from etherdiff.system.errors import RunError
 from etherdiff.system.files import system_error
+from etherdiff.system.text import program
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Data type of the frozen model for each --mixed-precision."""
@@ -64,7 +65,7 @@ def explained(run: Path, ways_to_save_memory: Sequence[str]) -> Iterator[None]:
             raise
         raise RunError(
             f"out of memory. Start again with {', or '.join(ways_to_save_memory)}; "
-            f"or, if another program took the memory, go on with: etherdiff resume {run}"
+            f"or, if another program took the memory, go on with: {program('resume', run)}"
         ) from error
     except OSError as error:
         if error.errno not in DISK:
@@ -72,7 +73,7 @@ def explained(run: Path, ways_to_save_memory: Sequence[str]) -> Iterator[None]:
         where = error.filename or run
         raise RunError(
             f"{where} could not be written: {error.strerror}. Every checkpoint written before is whole: "
-            f"make room, then go on with: etherdiff resume {run}"
+            f"make room, then go on with: {program('resume', run)}"
         ) from error
 
 

@@ -3,6 +3,8 @@
 import codecs
 import json
 import os
+import shlex
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,12 @@ def expand_home(value: Any) -> Any:
     if isinstance(value, str | Path) and str(value).startswith("~"):
         return type(value)(os.path.expanduser(value))  # noqa: PTH111  Path.expanduser raises for an unknown user
     return value
+
+
+def program(command: str, *words: object) -> str:
+    """Return a command of this program to be pasted into the system's shell, whatever is in its words."""
+    line = ["etherdiff", command, *map(str, words)]
+    return subprocess.list2cmdline(line) if os.name == "nt" else shlex.join(line)
 
 
 def read_user_json(path: Path) -> Any:

@@ -27,6 +27,7 @@ from etherdiff.control.datasets import Pair
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import digest, file_hash
+from etherdiff.system.text import program
 from etherdiff.tasks.planning import method_options
 from etherdiff.train.checkpoint import checkpoint_path
 
@@ -126,8 +127,8 @@ def find_trained(run: Run, name: str) -> Trained:
         folder = run.folder
         if not folder.adapter.is_dir():
             raise UserError(
-                f"{run.path} has no adapter yet: the run has not finished. Go on with etherdiff resume {run.path}, or judge a "
-                f"checkpoint with --checkpoint step-N (there are: {_checkpoints(run)})"
+                f"{run.path} has no adapter yet: the run has not finished. Go on with {program('resume', run.path)}, or judge "
+                f"a checkpoint with --checkpoint step-N (there are: {_checkpoints(run)})"
             )
         run.check_results()
         return _from_folder(folder.adapter, name, run.config.steps)

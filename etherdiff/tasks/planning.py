@@ -19,6 +19,7 @@ from etherdiff.system.errors import Answer, Problems, UserError
 from etherdiff.system.files import data_root
 from etherdiff.system.locks import LOCK
 from etherdiff.system.terminal import is_main_process, warn
+from etherdiff.system.text import program
 from etherdiff.tasks.subjects import Subject, find_subject, photo_of
 
 
@@ -189,7 +190,7 @@ def output_problems(output: Path, overwrite: bool) -> list[str]:
         if not (output / "run.yaml").is_file():
             return [f"output: {output} holds something that is not a run; choose another folder"]
         if not overwrite:
-            return [f"output: {output} holds a run; resume it (etherdiff resume {output}) or pass --overwrite"]
+            return [f"output: {output} holds a run; resume it ({program('resume', output)}) or pass --overwrite"]
     return []
 
 

@@ -13,6 +13,7 @@ from etherdiff.runs.run import Provenance, Run
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import remove_temporary, staged_folder, write_text
 from etherdiff.system.terminal import is_main_process, say, warn
+from etherdiff.system.text import program
 from etherdiff.train.checkpoint import load_checkpoint, newest_checkpoint
 from etherdiff.train.loop import TrainingState
 
@@ -75,7 +76,7 @@ def check_machine(run: Run, accelerator: Accelerator) -> None:
     if began is not None and began != now:
         raise UserError(
             f"{run.path} was begun by {began} processes and is resumed by {now}, which would change its batches. Use: "
-            f"torchrun --nproc-per-node {began} -m etherdiff resume {run.path}"
+            f"torchrun --nproc-per-node {began} -m {program('resume', run.path)}"
         )
     device = run.provenance.device
     if device is not None and device != accelerator.device.type:

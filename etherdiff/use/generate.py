@@ -273,6 +273,8 @@ def plan_drawing(options: GenerateOptions) -> Drawing:
         problems.add("give either --run, or --base (with --adapter)")
     if options.run is not None and options.adapter:
         problems.add("--adapter goes with --base; a run brings its own")
+    if options.run is not None and options.prediction_type is not None:
+        problems.add("--prediction-type goes with --base; a run has its own")
     if options.run is None and options.control is not None:
         problems.add("--control goes with --run: a base alone has no control encoder")
     problems.raise_if_any()
@@ -322,7 +324,7 @@ def _warn_about_prompts(base: Base, texts: Sequence[str], long_prompts: bool) ->
 def _find_source(options: GenerateOptions) -> Source:
     """The run's base and result, or the base and adapters that are named."""
     if options.run is None:
-        base = find_base(str(options.base))
+        base = find_base(str(options.base), options.prediction_type)
         for adapter in options.adapter:
             read_adapter(adapter)
         return Source(base, list(options.adapter))

@@ -4,10 +4,12 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from etherdiff.families.bases import ASSETS, find_base, shipped_config
 from etherdiff.system.errors import UserError
+from etherdiff.system.terminal import console
 
 PROMPTS = [
     "a photo of sks dog",
@@ -118,3 +120,22 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
 def test_a_resolution_fits_the_base_or_the_reason_is_given(resolution, fits):
     problems = find_base("tiny").resolution_problems(resolution)
     assert problems == ([] if fits else [f"resolution: must be a multiple of 16 for this base, not {resolution}"])
+
+
+def test_how_a_2x_single_file_is_read_is_said_with_what_2x_base_needs(tmp_path):
+    shapes = {
+        "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
+        "first_stage_model.encoder.conv_in.weight": (128, 3, 3, 3),
+        "cond_stage_model.model.token_embedding.weight": (10, 1024),
+    }
+    file = tmp_path / "v2-base-512-ema.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, file)
+    with console.capture() as captured:
+        assert find_base(str(file)).prediction_type == "v_prediction"
+        find_base(str(file))
+    told = " ".join(captured.get().split())
+    assert told.count("predicts velocity at 768 px") == 1
+    assert "--prediction-type epsilon --resolution 512" in told
+    with console.capture() as captured:
+        assert find_base(str(file), "epsilon").prediction_type == "epsilon"
+    assert captured.get() == ""

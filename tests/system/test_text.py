@@ -2,6 +2,9 @@
 
 import codecs
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +14,7 @@ from etherdiff.control.readers.coco import read_coco
 from etherdiff.control.signals.landmarks import Landmarks
 from etherdiff.control.signals.segmentation import find_palette
 from etherdiff.system.errors import UserError
-from etherdiff.system.text import read_user_json, read_user_text
+from etherdiff.system.text import program, read_user_json, read_user_text
 from etherdiff.tasks.subjects import read_prompts
 
 FORMS = {
@@ -90,3 +93,21 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(UserError, match=r"x\.json: cannot be read as JSON"):
         read_user_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("name", ["runs/dog", "my runs/dog's", "runs/$HOME", "runs/a;b", "runs/[x]*", "runs/猫"])
+def test_a_command_that_is_suggested_can_be_pasted_into_a_shell(name, monkeypatch):
+    monkeypatch.setattr("os.name", "posix")
+    assert shlex.split(program("resume", Path(name), "--steps", 3)) == ["etherdiff", "resume", name, "--steps", "3"]
+    monkeypatch.setattr("os.name", "nt")
+    assert program("resume", r"C:\my runs\dog") == r'etherdiff resume "C:\my runs\dog"'
+
+
+def test_no_suggested_command_is_written_without_quoting():
+    package = Path(read_user_text.__code__.co_filename).parents[1]
+    found = [
+        path
+        for path in package.rglob("*.py")
+        if re.search(r"etherdiff (resume|eval|merge|export|generate) (--run )?\{", path.read_text("utf-8"))
+    ]
+    assert found == []

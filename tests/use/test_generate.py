@@ -39,6 +39,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
         ({"base": None}, "either --run, or --base"),
         ({"run": "runs/dog"}, "either --run, or --base"),
         ({"base": None, "run": "runs/dog", "adapter": ["a"]}, "--adapter goes with --base"),
+        ({"base": None, "run": "runs/dog", "prediction_type": "epsilon"}, "--prediction-type goes with --base"),
         ({"control": "map.png"}, "--control goes with --run"),
     ],
 )
