@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from etherdiff.adapters.layers import AdapterLayer
+from etherdiff.system.text import listed
 
 
 @dataclass
@@ -308,8 +309,7 @@ class UpdateTuner(BaseTuner):
             raise ValueError(_no_target_message(peft_config, modules))
         problems = [problem for name in targets if (problem := layer_problem(peft_config, name, modules[name]))]
         if problems:
-            shown = problems[:8] + ([f"and {len(problems) - 8} more layers like these"] if len(problems) > 8 else [])
-            raise ValueError("; ".join(shown))
+            raise ValueError(listed(problems, 8, "; "))
 
     def _create_and_replace(  # type: ignore[override]
         self,

@@ -7,7 +7,6 @@ a smaller scale. DINO is that to the held-out images where there are some, since
 The set is small (4 of the 25 prompts, one image each): enough for a course, too small for a table, which is `etherdiff eval`'s.
 """
 
-import json
 from collections.abc import Mapping
 from math import sqrt
 from typing import Any
@@ -23,6 +22,7 @@ from etherdiff.families.sampling import PAPER_SAMPLING, sample, slug
 from etherdiff.families.sd1 import StableDiffusion, encode_prompts, make_pipeline
 from etherdiff.images.writing import save_png
 from etherdiff.runs.folder import RunFolder, read_metrics
+from etherdiff.runs.result import Best, read_best
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import staged_folder, write_json
 from etherdiff.system.hub import find_cached
@@ -137,8 +137,8 @@ class StepScorer:
         return found
 
     def _keep_if_best(self, step: int, scores: Mapping[str, float]) -> None:
-        score, before = round(combined(scores), 6), read_best(self.run)
-        if before is not None and before["score"] >= score:
+        score, before = round(combined(scores), 6), find_best(self.run)
+        if before is not None and before.score >= score:
             return
         reference = "held-out images" if self.subject.held_out else "training images"
         best = {"step": step, "score": score, **scores, "reference": reference, "why": "the highest so far"}
@@ -158,28 +158,27 @@ def combined(scores: Mapping[str, float]) -> float:
     return sqrt(max(scores["dino"], 0.0) * max(scores["clip_t"], 0.0))
 
 
-def read_best(run: RunFolder) -> dict[str, Any] | None:
-    """What best/ holds, if it is there and whole."""
+def find_best(run: RunFolder) -> Best | None:
+    """Return the best step so far; None where there is none, or best/ is damaged."""
     try:
-        best = json.loads((run.best / "best.json").read_text(encoding="utf-8"))
-        return {**best, "step": int(best["step"]), "score": float(best["score"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_best(run.best)
+    except UserError:
         return None
 
 
 def say_best(run: RunFolder) -> None:
-    """At a run's end: which step is best, and why, also in best.json."""
-    best, curve = read_best(run), learning_curve(run)
-    if best is None or not curve:
+    """At the end of a run, say which step is best and why, and write it to best.json."""
+    best, curve = find_best(run), learning_curve(run)
+    if best is None or None in (best.dino, best.clip_t) or not curve:
         return
     last = curve[-1]
     why = (
-        f"step {best['step']} is the best of {len(curve)} evaluations: √(DINO · CLIP-T) = {best['score']:.4f} "
-        f"(DINO {best['dino']:.4f} to the {best['reference']}, CLIP-T {best['clip_t']:.4f})"
+        f"step {best.step} is the best of {len(curve)} evaluations: √(DINO · CLIP-T) = {best.score:.4f} "
+        f"(DINO {best.dino:.4f} to the {best.reference}, CLIP-T {best.clip_t:.4f})"
     )
-    if last["step"] != best["step"]:
+    if last["step"] != best.step:
         why += f"; the last, step {last['step']}, has {combined(last):.4f}"
-    write_json(run.best / "best.json", best | {"why": why})
+    write_json(run.best / "best.json", best.model_dump(exclude_unset=True) | {"why": why})
     say(f"{run.best}: {why}")
 
 

@@ -128,6 +128,11 @@ class Best(Record):
 
     step: int
     score: float
+    """√(DINO · CLIP-T)."""
+    dino: float | None = None
+    clip_t: float | None = None
+    reference: str | None = None
+    """The images that DINO compares with."""
     why: str = ""
 
 
@@ -163,6 +168,12 @@ def read_record(kind: type[R], path: Path) -> tuple[R, list[str]]:
         return kind.model_validate(content), list(damaged)
     except ValidationError as error:  # something that it needs is missing
         raise UserError(f"{path} cannot be read (it has no {', '.join(damaged)})") from error
+
+
+def read_best(folder: Path) -> Best | None:
+    """Read best.json of a run's best/; None where there is none. UserError where it cannot be read."""
+    path = folder / "best.json"
+    return read_record(Best, path)[0] if path.is_file() else None
 
 
 def read_result(run: Path) -> EvalResult:

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 
 from etherdiff.config import TASK_CONFIGS, RunConfig, S2IConfig, load_run_config, load_yaml
 from etherdiff.runs.folder import RunFolder, check_result, manifest_of, read_metrics
-from etherdiff.runs.result import Best, Cost, EvalResult, Record, Score, read_record, read_result
+from etherdiff.runs.result import Best, Cost, EvalResult, Record, Score, read_best, read_record, read_result
 from etherdiff.system.errors import UserError
 from etherdiff.system.text import program
 
@@ -156,8 +156,7 @@ class Run:
     @property
     def best(self) -> Best | None:
         """best/best.json; None where there is none. UserError where it cannot be read."""
-        path = self.folder.best / "best.json"
-        return read_record(Best, path)[0] if path.is_file() else None
+        return read_best(self.folder.best)
 
     @property
     def cost(self) -> Cost:

@@ -60,9 +60,9 @@ def read_user_json(path: Path) -> Any:
 MINUTE, HOUR = 60, 3600
 
 
-def listed(names: Sequence[str], most: int = 4) -> str:
+def listed(names: Sequence[str], most: int = 4, between: str = ", ") -> str:
     """Join names, as "a, b, c, d and 4 more"."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+    return between.join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def counted(count: int, thing: str) -> str:

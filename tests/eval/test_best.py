@@ -13,7 +13,7 @@ from small_runs import checkpoints, metrics, small_config
 from etherdiff.adapters.io import read_adapter
 from etherdiff.config import DreamBoothConfig, read_config
 from etherdiff.eval import best as module
-from etherdiff.eval.best import combined, curve_prompts, read_best, say_best
+from etherdiff.eval.best import combined, curve_prompts, find_best, say_best
 from etherdiff.eval.networks import PRESETS
 from etherdiff.families.sampling import sample
 from etherdiff.images.writing import read_png_settings
@@ -90,9 +90,9 @@ def test_scores_are_logged_and_the_best_adapter_is_kept(tmp_path, capsys):
 def test_the_best_is_of_its_step_and_a_tie_stays_with_the_earlier(tmp_path, scripted):
     scripted({1: 0.2, 2: 0.5, 3: 0.5, 4: 0.3, 5: 0.4})
     run = train_dreambooth(small_config(tmp_path / "run", **CURVE))
-    best = read_best(RunFolder(run))
-    assert best["step"] == 2
-    assert best["why"].endswith("the last, step 5, has 0.3162")
+    best = find_best(RunFolder(run))
+    assert best.step == 2
+    assert best.why.endswith("the last, step 5, has 0.3162")
     trained = load_file(run / "checkpoints/step-000002/parameters.safetensors")
     kept = load_file(run / "best/adapter_model.safetensors")
     assert sorted(tensor.sum().item() for tensor in kept.values()) == sorted(tensor.sum().item() for tensor in trained.values())
@@ -114,11 +114,11 @@ def test_a_run_that_was_killed_ends_with_the_same_best(tmp_path, scripted, monke
         train_dreambooth(small_config(tmp_path / "run", **CURVE))
     monkeypatch.setattr(recorder_module, "append_metrics", append)
     assert checkpoints(tmp_path / "run") == [2]
-    assert read_best(RunFolder(tmp_path / "run"))["step"] == 3  # of a step that has to come again
+    assert find_best(RunFolder(tmp_path / "run")).step == 3  # of a step that has to come again
     scripted(course | {3: 0.4})
     shutil.copytree(tmp_path / "run", tmp_path / "otherwise")
     run = resume(tmp_path / "otherwise")
-    assert read_best(RunFolder(run))["step"] == 2
+    assert find_best(RunFolder(run)).step == 2
     scripted(course)
     run = resume(tmp_path / "run")
     assert contents(run / "best") == contents(whole / "best")
@@ -142,7 +142,7 @@ def test_best_is_put_back_to_the_checkpoint_it_goes_on_from(tmp_path):
         folder.mkdir(parents=True)
         (folder / "best.json").write_text(json.dumps({"step": step, "score": 0.5}))
     restore_best(run, kept)
-    assert read_best(run)["step"] == 1
+    assert find_best(run).step == 1
     restore_best(run, tmp_path / "checkpoints/step-000001")
     assert not run.best.exists()
 
