@@ -1,1 +1,1 @@
-"""Scores of generated images, and what is needed to trust them: which network, which preprocessing, which images."""
+"""Scores of generated images, each with the networks, the preprocessing and the images that it was computed with."""

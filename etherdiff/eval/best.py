@@ -1,10 +1,10 @@
 """The best step of a run: a few images drawn and scored every `eval_every` steps, and the adapter of the best of them.
 
-Best is the highest √(DINO · CLIP-T), the geometric mean: likeness alone is highest where a run copies its photos, agreement
-with the prompt alone where it has learned nothing, and a product counts a change of 1% in either alike, though CLIP-T moves on
-a smaller scale. DINO is that to the held-out images where there are some, since the photos themselves reward copying.
+Best is the highest √(DINO · CLIP-T), the geometric mean. DINO alone is highest where a run copies its photos, CLIP-T alone
+where it has learned nothing. A product weighs a change of 1% in either equally, though CLIP-T has a smaller scale. DINO
+compares with the held-out images if there are any, since the training photos reward copying.
 
-The set is small (4 of the 25 prompts, one image each): enough for a course, too small for a table, which is `etherdiff eval`'s.
+The set is small (4 of the 25 prompts, one image each): enough for a curve, too small for a table (see `etherdiff eval`).
 """
 
 from collections.abc import Mapping
@@ -33,12 +33,12 @@ from etherdiff.tasks.subjects import EvalPrompt, make_prompts, prompts_for
 METRICS = ("dino", "clip_t")
 ROLES = ("dino", "clip")
 EVERY = 7
-"""Of the 25 prompts, the 1st, 8th, 15th and 22nd: places, company and looks are among them."""
+"""Distance of the prompts in the list of 25: the 1st, 8th, 15th and 22nd, which differ in place, company and look."""
 SEED = 0
 
 
 def find_networks(config: DreamBoothConfig) -> dict[str, Backbone] | None:
-    """What scores along the way; None where nothing does: switched off, or `auto` and a network would have to be fetched.
+    """Find the networks that score while training; None if scoring is off, or is `auto` and a network would be downloaded.
 
     Raises:
         UserError: switched on, but a network cannot be had.
@@ -50,7 +50,7 @@ def find_networks(config: DreamBoothConfig) -> dict[str, Backbone] | None:
 
 
 def find_scorer(config: DreamBoothConfig) -> MakeScorer | None:
-    """Return what makes the scorer of a run; None where nothing scores. UserError as `find_networks`."""
+    """Return a function that makes a run's scorer; None if nothing is scored. UserError as `find_networks`."""
     networks = find_networks(config)
     if networks is None:
         return None
@@ -58,7 +58,7 @@ def find_scorer(config: DreamBoothConfig) -> MakeScorer | None:
 
 
 def _at_hand(preset: str) -> bool:
-    """Whether the preset's networks are on this machine."""
+    """Say whether the preset's networks are on this machine."""
     specs = [PRESETS[preset][role] for role in ROLES]
     if preset != "tiny":
         return all(_in_hub_cache(spec) for spec in specs)
@@ -78,33 +78,33 @@ def _in_hub_cache(repo: str) -> bool:
 
 
 class StepScorer:
-    """Draws and scores the UNet as it is, and keeps best/; made before the text encoder goes and the adapter comes."""
+    """Draws and scores the UNet, and keeps best/. Created before the text encoder is freed and the adapter is added."""
 
     def __init__(
         self, plan: DreamBoothPlan, model: StableDiffusion, backbones: dict[str, Backbone], base: Mapping[str, Any]
     ) -> None:
-        """base: the name and fingerprint that are recorded beside an adapter."""
+        """base: name and fingerprint to record with an adapter."""
         config = plan.config
         self.run, self.model, self.backbones, self.base = RunFolder(plan.output), model, backbones, dict(base)
         self.resolution = plan.base.resolution
         self.subject = plan.subject
         self.prompts = curve_prompts(config)
-        # one by one: what is computed together decides the last bits, and a resumed run finds some of it in the cache
+        # one by one: the batch decides the last bits, and a resumed run finds some features in the cache
         self.scoring = Scoring(metrics=METRICS, device=config.device, batch_size=1, workers=0)
         model.text_encoder.to(model.unet.device)
         texts = [prompt.text for prompt in self.prompts]
         embeddings = encode_prompts(model.tokenizer, model.text_encoder, [*texts, ""])
         self.text, self.empty = embeddings[:-1], embeddings[-1:]
         self.adapted: nn.Module = model.unet
-        """What saves the adapter; the UNet until the adapter is in place."""
+        """Module that saves the adapter; the UNet until the adapter is added."""
 
     @property
     def dino(self) -> str:
-        """The name of the score that likeness is judged by."""
+        """Name of the score of likeness."""
         return "dino_held_out" if self.subject.held_out else "dino"
 
     def score_step(self, step: int) -> dict[str, float]:
-        """DINO and CLIP-T of the present weights, rounded; they are kept in best/ where they are the best so far."""
+        """Score the present weights, rounded, and keep them in best/ if no earlier step was as good."""
         images = self._draw(step)
         with torch.autocast(self.model.unet.device.type, enabled=False):
             found = score_images(self.subject.images, self.subject.held_out, images, self.scoring, loaded=self.backbones)
@@ -115,7 +115,7 @@ class StepScorer:
         return scores
 
     def conclude(self) -> None:
-        """Say which step is best."""
+        """Say which step is best, at the end of a run."""
         say_best(self.run)
 
     @torch.no_grad()
@@ -148,13 +148,13 @@ class StepScorer:
 
 
 def curve_prompts(config: DreamBoothConfig) -> tuple[EvalPrompt, ...]:
-    """The few prompts that are drawn along the way."""
+    """Return the few prompts that are drawn while training."""
     texts = prompts_for(str(config.class_noun), tiny=config.base == "tiny")
     return make_prompts(texts[::EVERY], config.identifier, str(config.class_noun))
 
 
 def combined(scores: Mapping[str, float]) -> float:
-    """√(DINO · CLIP-T); 0 where either is not positive."""
+    """Return √(DINO · CLIP-T); 0 where either is not positive."""
     return sqrt(max(scores["dino"], 0.0) * max(scores["clip_t"], 0.0))
 
 
@@ -183,5 +183,5 @@ def say_best(run: RunFolder) -> None:
 
 
 def learning_curve(run: RunFolder) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl that have scores."""
+    """Return the rows of metrics.jsonl that have scores."""
     return [row for row in read_metrics(run) if row.get("dino") is not None and row.get("clip_t") is not None]

@@ -1,8 +1,9 @@
 """Whether scores may be compared, and what is made of those that may: `etherdiff compare`, and means over subjects.
 
-Two scores of one name are comparable when their identities are equal: definition, network (name, revision, weight hash,
-feature, preprocessing), real images, prompts and their form, seeds, sampler, number of scored images, and the version of
-etherdiff, which is the scoring code. Versions of other libraries only change the rounding: they are reported as a warning.
+Two scores of one name are comparable when their identities are equal. An identity has the definition, the network (name,
+revision, weight hash, feature, preprocessing), the real images, the prompts and their form, the seeds and the sampler. The
+number of scored images and the version of etherdiff count as well. Versions of other libraries only change the rounding:
+they are reported as a warning.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,13 +44,13 @@ class ComparedRun:
     facts: dict[str, Any]
     scores: dict[str, Score]
     differs: dict[str, list[str]] = field(default_factory=dict)
-    """Score -> how it was computed otherwise than the first run's; empty where all may be compared."""
+    """Score -> how its computation differs from the first run's; empty where all are comparable."""
     rounding: list[str] = field(default_factory=list)
     """Versions that differ from the first run's."""
 
 
 def compare(runs: Sequence[Path], anyway: bool = False) -> list[ComparedRun]:
-    """A column per run, each held against the first, and one of the base where all were judged beside the same.
+    """Compare each run with the first; a column per run, and one for the base if all runs have the same base scores.
 
     Raises:
         UserError: fewer than two runs, one that is not scored, or (unless `anyway`) scores that were not computed the same way.
@@ -67,21 +68,22 @@ def compare(runs: Sequence[Path], anyway: bool = False) -> list[ComparedRun]:
     names = _names(runs)
     columns = [ComparedRun(names[run], _facts(result), result.scores) for run, result in results.items()]
     for column in columns[1:]:
-        _hold_against(columns[0], column)
-    wrong = [f"{column.name} was not scored as {columns[0].name} was: {text}" for column in columns for text in told(column)]
+        _note_differences(columns[0], column)
+    first = columns[0].name
+    wrong = [f"{one.name} was not scored as {first} was: {text}" for one in columns for text in difference_messages(one)]
     if wrong and not anyway:
         raise UserError([*wrong, "score them alike (etherdiff eval), or pass --anyway to see them beside each other, marked"])
     base = _shared_base(list(results.values()))
     return [base, *columns] if base else columns
 
 
-def told(column: ComparedRun) -> list[str]:
-    """What differs, a sentence for each kind of difference, with the scores that it concerns."""
+def difference_messages(column: ComparedRun) -> list[str]:
+    """Return a sentence for each difference, with the scores that it concerns."""
     return [f"{difference} ({', '.join(scores)})" for difference, scores in by_difference(column.differs).items()]
 
 
 def by_difference(found: Mapping[K, Sequence[str]]) -> dict[str, list[K]]:
-    """Group by difference: each difference -> the scores (or runs and scores) that have it."""
+    """Group keys (scores, or runs and scores) by each difference that they have."""
     concerned: dict[str, list[K]] = {}
     for key, differing in found.items():
         for difference in differing:
@@ -90,12 +92,12 @@ def by_difference(found: Mapping[K, Sequence[str]]) -> dict[str, list[K]]:
 
 
 def row_names(columns: Sequence[ComparedRun]) -> list[str]:
-    """Every score that one of them has."""
+    """Return every score that any column has."""
     return list(dict.fromkeys(name for column in columns for name in column.scores))
 
 
 def cell(column: ComparedRun, score: str) -> str:
-    """Mean and interval, marked with * where it was computed otherwise; empty where there is no such score."""
+    """Return mean and interval, marked with * where computed differently; empty where there is no such score."""
     one = column.scores.get(score)
     if one is None:
         return ""
@@ -104,12 +106,12 @@ def cell(column: ComparedRun, score: str) -> str:
 
 
 def as_table(columns: Sequence[ComparedRun]) -> Group:
-    """For a terminal."""
+    """Return a table for the terminal."""
     table = Table()
     table.add_column("")
     for column in columns:
         table.add_column(column.name, justify="right")
-    for fact in _told_facts(columns):
+    for fact in _present_facts(columns):
         table.add_row(fact.replace("_", " "), *(str(column.facts.get(fact, "")) for column in columns))
     table.add_section()
     for score in row_names(columns):
@@ -118,10 +120,10 @@ def as_table(columns: Sequence[ComparedRun]) -> Group:
 
 
 def as_markdown(columns: Sequence[ComparedRun]) -> str:
-    """A table for a README or an issue."""
+    """Return a Markdown table."""
     rows = [["", *(column.name for column in columns)], ["---", *["---:"] * len(columns)]]
     rows += [
-        [fact.replace("_", " "), *(str(column.facts.get(fact, "")) for column in columns)] for fact in _told_facts(columns)
+        [fact.replace("_", " "), *(str(column.facts.get(fact, "")) for column in columns)] for fact in _present_facts(columns)
     ]
     rows += [[score, *(cell(column, score) for column in columns)] for score in row_names(columns)]
     lines = ["| " + " | ".join(_escaped(text) for text in row) + " |" for row in rows]
@@ -129,7 +131,7 @@ def as_markdown(columns: Sequence[ComparedRun]) -> str:
 
 
 def as_json(columns: Sequence[ComparedRun]) -> dict[str, Any]:
-    """Everything, for programs."""
+    """Return everything, for programs."""
     kept = ("mean", "low", "high", "n")
     return {
         "columns": [{"name": column.name, **column.facts} for column in columns],
@@ -143,8 +145,8 @@ def as_json(columns: Sequence[ComparedRun]) -> dict[str, Any]:
 
 
 def remarks(columns: Sequence[ComparedRun]) -> list[str]:
-    """What a reader of the table has to know."""
-    lines = [f"* {column.name} was computed otherwise: {text}" for column in columns for text in told(column)]
+    """Return the notes below the table."""
+    lines = [f"* {column.name} was computed otherwise: {text}" for column in columns for text in difference_messages(column)]
     versions = [
         f"{c.name}: other versions, which may change the last digits: {', '.join(c.rounding)}" for c in columns if c.rounding
     ]
@@ -152,7 +154,7 @@ def remarks(columns: Sequence[ComparedRun]) -> list[str]:
 
 
 def _names(runs: Sequence[Path]) -> dict[Path, str]:
-    """The folders' names; their paths where names repeat."""
+    """Return the folders' names; their paths where names repeat."""
     names = [run.resolve().name for run in runs]
     return {run: name if names.count(name) == 1 else str(run) for run, name in zip(runs, names, strict=True)}
 
@@ -161,12 +163,12 @@ def _facts(result: EvalResult) -> dict[str, Any]:
     return {fact: value for fact in FACTS if (value := getattr(result.run, fact)) is not None}
 
 
-def _told_facts(columns: Sequence[ComparedRun]) -> list[str]:
-    """Those that any of them has: a subject's run has no dataset, and a controllable one no subject."""
+def _present_facts(columns: Sequence[ComparedRun]) -> list[str]:
+    """Return the facts that any run has: a subject's run has no dataset, and a controllable one no subject."""
     return [fact for fact in FACTS if any(fact in column.facts for column in columns)]
 
 
-def _hold_against(first: ComparedRun, column: ComparedRun) -> None:
+def _note_differences(first: ComparedRun, column: ComparedRun) -> None:
     for score in (name for name in first.scores if name in column.scores):
         one, other = first.scores[score], column.scores[score]
         if found := score_differences(one, other):
@@ -176,7 +178,7 @@ def _hold_against(first: ComparedRun, column: ComparedRun) -> None:
 
 
 def _shared_base(results: Sequence[EvalResult]) -> ComparedRun | None:
-    """The base's scores, where every run has the same."""
+    """Return the base's scores if every run has the same."""
     bases = [result.base for result in results if result.base]
     means = [{name: one.mean for name, one in base.scores.items()} for base in bases]
     if len(bases) < len(results) or any(mean != means[0] for mean in means):
@@ -193,13 +195,13 @@ def _escaped(text: str) -> str:
 
 
 def combine_subjects(results: Mapping[str, dict[str, Any]], seed: int = 0, draws: int = DRAWS) -> dict[str, Any]:
-    """One table over subjects: means over the pairs of all of them, as the paper's scripts pool them.
+    """Pool the scores of several subjects: means over all their pairs, as the paper's scripts pool them.
 
-    Intervals draw subjects again; below `MIN_PROMPTS` subjects, the prompts of all of them, and then speak of these
-    subjects only. FID is not pooled: it is no mean.
+    Intervals resample subjects. Below `MIN_PROMPTS` subjects they resample the prompts of all of them, and cover only these
+    subjects. FID is not pooled: it is not a mean.
 
     Returns:
-        scores as of `score_images`, and per_subject with the given results.
+        scores as in `score_images`, and per_subject with the given results.
 
     Raises:
         UserError: no subject, or scores of one name that were not computed the same way.
@@ -219,13 +221,14 @@ def combine_subjects(results: Mapping[str, dict[str, Any]], seed: int = 0, draws
     }
 
 
-def _with(name: str, results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _results_with(name: str, results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {subject: result for subject, result in results.items() if name in result["scores"]}
 
 
 def _mixed_identities(name: str, results: Mapping[str, dict[str, Any]]) -> list[str]:
-    """What differs beyond the subject's own images and prompts."""
-    (first, one), *others = [(subject, result["scores"][name]["identity"]) for subject, result in _with(name, results).items()]
+    """List what differs apart from the subject's own images and prompts."""
+    scored = _results_with(name, results).items()
+    (first, one), *others = [(subject, result["scores"][name]["identity"]) for subject, result in scored]
     return [
         f"{name}: {subject} was not scored as {first} was: {', '.join(found)} differ"
         for subject, other in others
@@ -234,7 +237,7 @@ def _mixed_identities(name: str, results: Mapping[str, dict[str, Any]]) -> list[
 
 
 def _pooled(name: str, results: Mapping[str, dict[str, Any]], seed: int, draws: int) -> dict[str, Any]:
-    scored = list(_with(name, results).values())
+    scored = list(_results_with(name, results).values())
     units, unit = [result["scores"][name] for result in scored], "subjects"
     pairs = sum(score["pairs"] for score in units)
     mean = sum(score["mean"] * score["pairs"] for score in units) / pairs
@@ -254,7 +257,7 @@ def _pooled(name: str, results: Mapping[str, dict[str, Any]], seed: int, draws: 
 
 
 def _digests(name: str, scored: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The parts of the identity that each subject has its own of, as one for all of them."""
+    """Return one digest for all subjects of each part of the identity that is the subject's own."""
     identities = [result["scores"][name]["identity"] for result in scored]
     merged = {}
     for part in ("reference", "prompts"):
@@ -269,19 +272,19 @@ def _digests(name: str, scored: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass
 class Checked:
-    """What was found of scores that were to be computed alike."""
+    """The differences between scores that should have been computed in the same way."""
 
     otherwise: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    """Folder of a run, score -> how it was computed otherwise than the first run's."""
+    """(Folder of a run, score) -> how its computation differs from the first run's."""
     rounding: list[str] = field(default_factory=list)
     """Libraries whose versions differ, a sentence each."""
 
     def is_otherwise(self, runs: Sequence[Run], score: str) -> bool:
-        """Whether one of the runs' scores was computed otherwise."""
+        """Say whether one of the runs' scores was computed differently."""
         return any((str(run.folder.path), score) in self.otherwise for run in runs)
 
     def sentences(self) -> list[str]:
-        """What differs, with the runs and the scores that it concerns."""
+        """Return what differs, with the runs and the scores that it concerns."""
         sentences = []
         for difference, concerned in by_difference(self.otherwise).items():
             runs, scores = (list(dict.fromkeys(names)) for names in zip(*concerned, strict=True))
@@ -291,7 +294,7 @@ class Checked:
 
 
 def check_identities(runs: Sequence[Run], scores: Sequence[str], anyway: bool) -> Checked:
-    """Hold every run's scores against the first's. UserError where they differ, unless `anyway`."""
+    """Compare every run's scores with the first run's. UserError where they differ, unless `anyway`."""
     checked = Checked()
     for score in scores:
         with_it = [run for run in runs if score in run.scores]

@@ -1,31 +1,163 @@
-"""Scores of controllable generation: what generated images show, compared with what their controls wanted."""
+"""Scores of controllable generation: controls are read back from generated images and compared with the wanted ones.
 
+A control is read back by a segmenter, Canny's algorithm, or a detector of landmarks.
+"""
+
+import importlib.util
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from etherdiff.control.datasets import Pair
+from etherdiff.control.signals.canny import Canny, edges
+from etherdiff.control.signals.landmarks import Landmarks, NoFaceError, detect, find_task_file
 from etherdiff.control.signals.segmentation import Segmentation
 from etherdiff.control.signals.signal import Signal
 from etherdiff.eval.features import BLACK, is_black
+from etherdiff.eval.folders import Segmenter, load_segmenter
 from etherdiff.eval.functional import AGREED, PREDICTED, WANTED, class_accuracies, class_ious
 from etherdiff.eval.intervals import DRAWS, bootstrap_sums
 from etherdiff.eval.metrics import METRICS
-from etherdiff.eval.networks import Backbone
-from etherdiff.eval.readback import ReadBack, wanted_by
+from etherdiff.eval.networks import PRESETS, Backbone, versions_of
 from etherdiff.eval.scores import GENERATED, PromptImages, Scorer, Scoring, encode, interval_fields, scoring_versions
-from etherdiff.images.reading import UnreadableImage, read_image
+from etherdiff.images.reading import UnreadableImage, read_image, resize_and_crop
+from etherdiff.system.errors import UserError
 from etherdiff.system.files import digest, file_hash
 from etherdiff.system.terminal import track
 
 LEFT_OUT = (BLACK, "unreadable", "bad_features", "no_face", "missing")
+
+
+# --- Reading controls back --------------------------------------------------------------------------------------------
+
+
+class NotReadable(Exception):  # noqa: N818 - not an error: scores are left out
+    """The reason why a signal cannot be read from images; its scores are then not computed."""
+
+
+class ReadBack(ABC):
+    """Reads one kind of signal back from images."""
+
+    role: str
+    """One of `CONTROL_ROLES`."""
+    unread: str
+    """Reason for leaving out an image in which nothing can be read."""
+    size = 0
+    """Number of classes, the size of its metrics; 0 if it reads no classes."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Return everything that determines the readings: equal identities give equal readings, up to rounding."""
+
+    @abstractmethod
+    def read(self, images: Sequence[Image.Image], resolution: int) -> list[Tensor | None]:
+        """Return for each RGB image what `Signal.target` holds for a control; None where nothing can be read."""
+
+
+class ReadClasses(ReadBack):
+    """Class indices, int64 (resolution, resolution)."""
+
+    role, unread = "segmenter", "bad_features"
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        self.segmenter, self.size = segmenter, segmenter.classes
+
+    def identity(self) -> dict[str, Any]:
+        return self.segmenter.identity.as_dict()
+
+    def read(self, images: Sequence[Image.Image], resolution: int) -> list[Tensor | None]:
+        pixels = torch.stack([self.segmenter.preprocessing.pixels(image) for image in images])
+        found = self.segmenter.segment(pixels, resolution)
+        return [classes if int(classes.min()) >= 0 else None for classes in found]
+
+
+class ReadEdges(ReadBack):
+    """Edges, computed like those of the signal, bool (resolution, resolution)."""
+
+    role, unread = "edges", "bad_features"
+
+    def __init__(self, signal: Canny) -> None:
+        """Raise UserError if OpenCV is not installed."""
+        self.low, self.high = signal.low, signal.high
+        edges(np.zeros((8, 8, 3), np.uint8), self.low, self.high)
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": "canny", "low": self.low, "high": self.high, "versions": versions_of("numpy") | _opencv()}
+
+    def read(self, images: Sequence[Image.Image], resolution: int) -> list[Tensor | None]:
+        squares = [np.asarray(resize_and_crop(image, resolution)) for image in images]
+        return [torch.from_numpy(edges(square, self.low, self.high)) for square in squares]
+
+
+class ReadLandmarks(ReadBack):
+    """Landmarks in pixels, float64 (P, 2), by mediapipe."""
+
+    role, unread = "landmarks", "no_face"
+
+    def __init__(self, task_file: Path | None) -> None:
+        """task_file: path of mediapipe's model. NotReadable without it, or without mediapipe."""
+        if task_file is None:
+            raise NotReadable("no detector of landmarks is named: give mediapipe's model as --backbone landmarks=FILE.task")
+        if importlib.util.find_spec("mediapipe") is None:
+            raise NotReadable("mediapipe, which detects landmarks, is not installed")
+        self.task_file = task_file
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": f"mediapipe {self.task_file.name}", "weights_sha256": file_hash(self.task_file)}
+
+    def read(self, images: Sequence[Image.Image], resolution: int) -> list[Tensor | None]:
+        return [self._points(resize_and_crop(image, resolution)) for image in images]
+
+    def _points(self, image: Image.Image) -> Tensor | None:
+        try:
+            return torch.from_numpy(detect(image, self.task_file))
+        except NoFaceError:
+            return None
+
+
+def find_readback(signal: Signal, named: Mapping[str, str], preset: str, device: str) -> ReadBack:
+    """Return the reader of a signal.
+
+    Args:
+        named: role -> a network by name, instead of the preset's.
+        preset: one of `PRESETS`.
+
+    Raises:
+        UserError: a named network cannot be used, or no reader exists for the signal.
+        NotReadable: something is needed that was not named.
+    """
+    if isinstance(signal, Segmentation):
+        spec = named.get(ReadClasses.role, PRESETS[preset][ReadClasses.role])
+        return ReadClasses(load_segmenter(spec, signal.palette.classes, device))
+    if isinstance(signal, Canny):
+        return ReadEdges(signal)
+    if isinstance(signal, Landmarks):
+        own = named.get(ReadLandmarks.role)
+        return ReadLandmarks(find_task_file(Path(own) if own else signal.task_file))
+    raise UserError(f"nothing here reads {signal.name} from an image")
+
+
+def wanted_by(signal: Signal, control: Path, resolution: int) -> Tensor:
+    """Return a control's target, in the form in which `ReadBack.read` returns what it finds."""
+    return torch.from_numpy(np.array(signal.target(control, resolution)))
+
+
+def _opencv() -> dict[str, str]:
+    import cv2
+
+    return {"opencv": str(cv2.__version__)}
+
+
+# --- Scores -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -46,13 +178,13 @@ class ControlScoring:
     """How to score."""
 
     metrics: tuple[str, ...]
-    """Names, of `CONTROL_METRICS` for the signal."""
+    """Names from `CONTROL_METRICS` for the signal."""
     signal: Signal
     resolution: int
     readback: ReadBack | None
-    """None where nothing reads the signal; then `why_no_readback` says why."""
+    """Reader of the signal; None where there is none (see `why_no_readback`)."""
     backbones: Mapping[str, Backbone]
-    """Networks for FID, where it is asked for."""
+    """Networks for FID, if it is asked for."""
     why_no_readback: str = ""
     batch_size: int = 16
     seed: int = 0
@@ -63,13 +195,13 @@ class ControlScoring:
 
 @dataclass
 class _Found:
-    """What the images were found to show, as units: the readings themselves would fill the memory."""
+    """What the images show, as units of the metrics: the readings themselves would fill the memory."""
 
     units: dict[str, list[Tensor]]
-    """Metric -> the unit of each image that could be read."""
+    """Metric -> the unit of each readable image."""
     left_out: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {reason: [] for reason in LEFT_OUT})
     incomparable: str = ""
-    """Why what is found cannot be compared with what is wanted."""
+    """Reason why readings and controls cannot be compared; empty where they can."""
 
 
 def score_controlled(
@@ -82,13 +214,13 @@ def score_controlled(
     """Score images against their controls, and compute their FID to the real ones; JSON-able.
 
     Args:
-        images: may be missing on the disk, which is counted.
-        real: the real image of each, at the same resolution; empty where `images` are those, and FID says nothing.
+        images: files may be missing; they are counted.
+        real: the real image of each, at the same resolution; empty if `images` are real themselves (no FID then).
         generation: how the images were made, kept in every identity; None for real images.
 
     Returns:
-        scores: name -> mean, low, high, n, interval, identity, as of `score_images`.
-        per_class: for segmentation, of each class its name, IoU, accuracy (None where it does not occur) and pixels.
+        scores: name -> mean, low, high, n, interval, identity, as in `score_images`.
+        per_class: for segmentation, the name, IoU, accuracy (None where it does not occur) and pixels of each class.
         left_out: every image that is in no score, or not in all, by reason.
         not_scored: metric -> why it has no score.
     """
@@ -107,7 +239,7 @@ def score_controlled(
 
 
 def _read(images: Sequence[ControlledImage], scoring: ControlScoring, title: str) -> _Found:
-    """Read the control back from each image, and count what is found against what was wanted."""
+    """Read the control back from each image, and count the agreement with the control."""
     readback = scoring.readback
     found = _Found({name: [] for name in scoring.metrics if METRICS[name].compares == "control x generated"})
     if readback is None or not found.units:
@@ -130,7 +262,7 @@ def _read(images: Sequence[ControlledImage], scoring: ControlScoring, title: str
 
 
 def _decode(image: ControlledImage, found: _Found) -> Image.Image | None:
-    """Decode an image; None, with a note, where it cannot be read or is a safety checker's black image."""
+    """Decode an image. Return None, and note why, if it is unreadable or a safety checker's black image."""
     try:
         decoded = read_image(image.path)
     except UnreadableImage as error:
@@ -166,7 +298,7 @@ def _score(name: str, found: _Found, scoring: ControlScoring, identity: dict[str
 
 
 def per_class(areas: NDArray[Any], classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the scores of each class from the areas (3, C) of all images; None where a share is one of nothing."""
+    """Return the scores of each class from the areas (3, C) of all images; None where nothing is there to divide by."""
     ious, accuracies = (
         [None if math.isnan(value) else float(value) for value in of(areas)] for of in (class_ious, class_accuracies)
     )
@@ -192,7 +324,7 @@ def _score_fid(
     found: _Found,
     result: dict[str, Any],
 ) -> None:
-    """FID by the same code as a subject's, of images that belong together one by one."""
+    """Compute FID with the same code as for a subject; image i belongs to real image i."""
     how = Scoring(metrics=("fid",), seed=scoring.seed, draws=scoring.draws)
     prompts = [PromptImages(image.pair.text, (image.path,), (image.seed,)) for image in images]
     encoded = encode(real, [], prompts, how, scoring.backbones)

@@ -4,7 +4,7 @@
     eval/SET/NNN-name/SEED.png   their images
     eval/metrics.json            scores        eval/cost.json   seconds
 
-A batch with a missing image is drawn whole: so an evaluation that was killed goes on, and ends with the same bytes.
+A batch with a missing image is drawn whole: so a killed evaluation resumes, and ends with the same bytes.
 """
 
 import json
@@ -42,13 +42,13 @@ from etherdiff.tasks.image_sets import IMAGES, ImageSet, ImageSets, Picture
 from etherdiff.tasks.subject_sets import SubjectImageSets
 
 ROUNDING = "computed_with"
-"""The part of a set's settings that changes images by rounding only: device, batch size, versions of libraries."""
+"""Key of a set's settings that only change the rounding: device, batch size, versions of libraries."""
 SHEET_ROWS = 8
 
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """An evaluation that can start."""
+    """A checked evaluation."""
 
     folder: Path
     """RUN/eval."""
@@ -57,12 +57,12 @@ class EvalPlan:
     options: EvalOptions
 
     def settings(self, images: ImageSet) -> dict[str, Any]:
-        """Return what decides the images of a set, and how they are computed."""
+        """Return everything that determines the images of a set."""
         drawn = {"device": resolve_device(self.options.device), "batch_size": self.options.batch_size, **drawing_versions()}
         return {**images.settings, ROUNDING: {} if images.read else drawn}
 
     def missing(self, batch: Sequence[Picture]) -> list[Picture]:
-        """Return the pictures of a batch that are not there whole."""
+        """Return the pictures of a batch that are missing or damaged."""
         return [picture for picture in batch if not is_whole(self.folder / picture.place)]
 
 
@@ -111,7 +111,7 @@ def plan_evaluation(run: Run, options: EvalOptions) -> EvalPlan:
 
 
 def find_stale(plan: EvalPlan) -> list[str]:
-    """Name the sets whose images are to be overwritten; the others' are taken up. UserError where neither may be."""
+    """Return the sets whose images are to be overwritten; the others are kept. UserError where neither is allowed."""
     problems, stale = Problems(), []
     for images in plan.sets.sets:
         if found := why_not_these(plan, images):
@@ -123,9 +123,9 @@ def find_stale(plan: EvalPlan) -> list[str]:
 
 
 def why_not_these(plan: EvalPlan, images: ImageSet) -> str | None:
-    """Say why images that are there already cannot be taken for those of the set; None where they can.
+    """Return why existing images cannot be used for the set; None if they can.
 
-    Where none is missing, it does not matter how they were rounded; else it must stay the same.
+    If none is missing, rounding does not matter; else it must stay the same.
     """
     place = plan.folder / images.name
     if not any(place.glob("*/*.png")):
@@ -140,9 +140,9 @@ def why_not_these(plan: EvalPlan, images: ImageSet) -> str | None:
 
 
 def draw_missing(plan: EvalPlan, stale: Sequence[str], seconds: dict[str, float]) -> None:
-    """Bring real images to their squares, then draw what is missing of each set; the model is loaded if anything is.
+    """Crop real images, then draw what is missing of each set. The model is loaded only if something is missing.
 
-    A stale set's images are removed when the first batch of those that replace them has been drawn.
+    A stale set's images are removed when the first batch that replaces them has been drawn.
     """
     todo = {
         images.name: batches
@@ -172,14 +172,14 @@ def draw_missing(plan: EvalPlan, stale: Sequence[str], seconds: dict[str, float]
 
 
 def begin_set(plan: EvalPlan, images: ImageSet, stale: Sequence[str]) -> None:
-    """Remove a stale set's images, and record what the new ones are made with."""
+    """Remove a stale set's images, and record the settings of the new ones."""
     if images.name in stale:
         shutil.rmtree(plan.folder / images.name)
     write_set(plan.folder, images.name, plan.settings(images))
 
 
 def write_squares(plan: EvalPlan, images: ImageSet) -> None:
-    """Read real images as they are trained on, each into its place. UserError with all that cannot be read."""
+    """Crop real images as in training, and save each in its place. UserError with all that cannot be read."""
     problems = Problems()
     for picture in track(plan.missing(images.pictures), images.title):
         if images.read is not None and picture.pair is not None:
@@ -191,13 +191,13 @@ def write_squares(plan: EvalPlan, images: ImageSet) -> None:
 
 
 def save_picture(path: Path, pixels: Image.Image, facts: Mapping[str, Any]) -> None:
-    """Write an image with what it was made from."""
+    """Write an image with its settings."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_png(pixels, path, dict(facts))
 
 
 def read_sets(folder: Path) -> dict[str, Any]:
-    """Read what the sets in an eval folder were made with: name of the set -> settings. Empty where nothing is recorded."""
+    """Read the settings of the sets in an eval folder: name of the set -> settings. Empty if nothing is recorded."""
     try:
         content = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -206,7 +206,7 @@ def read_sets(folder: Path) -> dict[str, Any]:
 
 
 def write_set(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
-    """Record what a set of images is made with, before its first image."""
+    """Record the settings of a set of images, before its first image."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", read_sets(folder) | {name: settings})
 
@@ -217,7 +217,7 @@ def drawing_versions() -> dict[str, str]:
 
 
 def write_sheet(sets: ControlImageSets, folder: Path) -> None:
-    """RUN/eval/sheet.png: a row for each of the first pairs, its control, what was drawn of it, and the real image."""
+    """Write RUN/eval/sheet.png: a row for each of the first pairs with its control, the generated and the real image."""
     signal, rows, texts = sets.dataset.signal, [], []
     both = zip(sets[IMAGES].pictures[:SHEET_ROWS], sets[REAL].pictures, sets.pairs, strict=False)
     for image, real, pair in both:
@@ -237,7 +237,7 @@ def score_sets(plan: EvalPlan) -> dict[str, Any]:
     scored = {}
     for images in plan.sets.sets:
         if plan.judge.is_scored(images):
-            # of the drawing that made the images, which need not be today's
+            # versions when the images were drawn, which may differ from the installed ones
             versions = {key: drawn[images.name].get(key) for key in drawing_versions()}
             scored[images.name] = plan.judge.score(images, plan.folder, {**images.generation, "versions": versions})
     return {**plan.judge.result(scored), "drawn": {name: found for name, found in drawn.items() if not plan.sets[name].read}}
@@ -247,7 +247,7 @@ def score_sets(plan: EvalPlan) -> dict[str, Any]:
 
 
 def render(result: Mapping[str, Any]) -> Group:
-    """Return the scores as a table next to those of the other sets, and below it what was left out."""
+    """Return a table of the scores of all sets, and below it what was left out."""
     run, paper = result["run"], result["paper"]["scores"]
     others = {TITLES[name]: found for name, found in result.get("beside", {}).items()}
     if result.get("base"):
@@ -280,7 +280,7 @@ def render(result: Mapping[str, Any]) -> Group:
 
 
 def notes(result: Mapping[str, Any], whose: str) -> list[str]:
-    """List a line for each kind of image or prompt that is in no score, or not in all, and for each score that is missing."""
+    """Return a line for each kind of image or prompt that is left out, and for each missing score."""
     lines = []
     for reason, found in result["left_out"].items():
         if found:
@@ -303,7 +303,7 @@ def _mean(one: Mapping[str, Any] | None) -> str:
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Note how long a stage took."""
+    """Record how long a stage takes."""
     start = time.perf_counter()
     yield
     seconds[stage] = round(time.perf_counter() - start, 3)
@@ -311,7 +311,7 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 @contextmanager
 def enough_memory() -> Iterator[None]:
-    """RunError, with what would help, where there is not enough memory."""
+    """Turn out-of-memory errors into a RunError that says what would help."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:

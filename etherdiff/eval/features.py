@@ -1,7 +1,7 @@
 """Features of image files: read once, decoded in workers, encoded in batches, kept on the disk by content.
 
-A cached feature is named after the backbone's identity and the SHA-256 of the file, so a changed image or another network is
-computed anew. Only finite features of images that could be read and are not all black are ever kept.
+A cached feature is named by the backbone's identity and the SHA-256 of the file: a changed image or another network is
+computed again. Only finite features of readable images that are not all black are cached.
 """
 
 import os
@@ -31,7 +31,7 @@ BLACK = "black"
 
 @dataclass(frozen=True)
 class Job:
-    """An image file, and the roles whose features are to be computed from it."""
+    """An image file, and the roles to compute its features for."""
 
     index: int
     path: Path
@@ -40,7 +40,7 @@ class Job:
 
 @dataclass
 class Features:
-    """What is known of the images of one `compute_features`, in their order."""
+    """The results of `compute_features`, by index of the image."""
 
     shas: list[str | None]
     """SHA-256 of each file; None where it cannot be opened."""
@@ -49,14 +49,14 @@ class Features:
     vectors: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     """Role -> index -> float32 (D,). Missing where there is a fault or the features are unusable."""
     unusable: dict[str, list[int]] = field(default_factory=dict)
-    """Role -> the images whose features hold NaN or infinity, or are all zero."""
+    """Role -> indices of images whose features hold NaN or infinity, or are all zero."""
 
 
 class Distances:
     """LPIPS of every image of a group to the reference images and to the group's other images.
 
-    The vectors are too large to keep (10 MB an image for AlexNet at 512 px): a group's are dropped when it is complete, and
-    what is cached is distances.
+    The vectors are too large to keep (10 MB per image for AlexNet at 512 px): those of a group are dropped when it is complete.
+    Only distances are cached.
 
     Attributes:
         to_reference, among: group -> float64 (g, R) and (g, g), NaN where an image has a fault or no usable features.
@@ -65,7 +65,7 @@ class Distances:
     def __init__(self, backbone: Backbone, shas: Sequence[str | None], reference: range, groups: Sequence[range]) -> None:
         self.backbone, self.shas, self.reference = backbone, shas, reference
         self.groups = [reference, *groups]
-        """The reference images themselves are the first group."""
+        """Indices of each group's images; the reference images are the first group."""
         self.to_reference: dict[int, Tensor] = {}
         self.among: dict[int, Tensor] = {}
         self._vectors: dict[int, Tensor | None] = {}
@@ -75,7 +75,7 @@ class Distances:
         self.wanted = frozenset(index for group in [reference, *missing] for index in group) if missing else frozenset[int]()
 
     def add(self, index: int, vector: Tensor | None) -> None:
-        """The next image's vector; None where it has none. Reference images come first, then groups in their order."""
+        """Add the next image's vector, or None. Reference images come first, then groups in their order."""
         self._vectors[index] = vector if vector is not None and is_usable(vector) else None
         for number, group in enumerate(self.groups):
             if group and index == group[-1] and number not in self.among:
@@ -123,11 +123,11 @@ def compute_features(
     batch_size: int = 32,
     workers: int | None = None,
 ) -> tuple[Features, Distances | None]:
-    """Features of every image for its roles, each file decoded at most once, and LPIPS distances where it is a role.
+    """Compute each image's features for its roles, and LPIPS distances if that is a role. A file is decoded at most once.
 
     Args:
-        paths: image files; may repeat.
-        roles: for each path, the roles (keys of `backbones`) that need it; "lpips" is not looked at.
+        paths: image files, which may repeat.
+        roles: for each path, the roles (keys of `backbones`) that need it; "lpips" is ignored.
         reference, groups: for "lpips": consecutive indices of `paths`, the reference before the groups; no group is empty.
         workers: decoding processes; None: as many as there are cores, up to `MAX_WORKERS`, and none for few images.
     """
@@ -150,7 +150,7 @@ def compute_features(
 
 
 def hash_images(paths: Sequence[Path]) -> list[str | None]:
-    """SHA-256 of each file; None where it cannot be opened."""
+    """Return the SHA-256 of each file; None where it cannot be opened."""
 
     def hash_or_none(path: Path) -> str | None:
         try:
@@ -158,7 +158,7 @@ def hash_images(paths: Sequence[Path]) -> list[str | None]:
         except OSError:
             return None
 
-    with ThreadPoolExecutor(min(MAX_WORKERS, _cores())) as pool:  # hashing lets go of the interpreter
+    with ThreadPoolExecutor(min(MAX_WORKERS, _cores())) as pool:  # hashing releases the interpreter lock
         return list(pool.map(hash_or_none, paths))
 
 
@@ -169,7 +169,7 @@ Encoded = tuple[int, str | None, dict[str, Tensor]]
 def encode_images(
     jobs: Sequence[Job], backbones: Mapping[str, Backbone], batch_size: int = 32, workers: int | None = None
 ) -> Iterator[Encoded]:
-    """Each job's features, in order: decoding in workers, encoding here."""
+    """Yield each job's features, in order: workers decode, this process encodes."""
     if not jobs:
         return
     if workers is None:
@@ -202,7 +202,7 @@ class _Batch:
 
 
 class _Decoded(Dataset):
-    """Decoded and resized images, with a word on those that cannot be used."""
+    """Decoded and resized images, or the reason why one cannot be used."""
 
     def __init__(self, jobs: Sequence[Job], preparing: Mapping[str, Preprocessing]) -> None:
         self.jobs, self.preparing = jobs, preparing
@@ -222,13 +222,13 @@ class _Decoded(Dataset):
 
 
 def is_black(image: Image.Image) -> bool:
-    """Whether every pixel is 0: what a safety checker puts in place of an image."""
+    """Say whether every pixel is 0, as in the image that a safety checker returns."""
     extrema: list[tuple[int, int]] = list(image.convert("RGB").getextrema())  # type: ignore[arg-type]
     return all(highest == 0 for _, highest in extrema)
 
 
 def _collate(images: list[tuple[int, str | None, dict[str, Tensor]]]) -> _Batch:
-    """One tensor per role: a file handle per image would run out of them."""
+    """Stack the images of each role into one tensor: a file handle per image would exhaust the handles."""
     pixels: dict[str, tuple[list[int], Pixels]] = {}
     for role in sorted({role for *_, prepared in images for role in prepared}):
         places = [place for place, (*_, prepared) in enumerate(images) if role in prepared]
@@ -248,7 +248,7 @@ def _encode(backbone: Backbone, pixels: Pixels) -> Tensor:
 def _missing(
     found: Features, index: int, roles: frozenset[str], backbones: Mapping[str, Backbone], distances: Distances | None
 ) -> frozenset[str]:
-    """The roles that the image still has to be encoded for; what the disk has is taken up."""
+    """Return the roles that the image must still be encoded for; cached features are added to `found`."""
     wanted = {"lpips"} if distances is not None and index in distances.wanted else set()
     for role in roles - {"lpips"}:
         sha = found.shas[index]
@@ -261,7 +261,7 @@ def _missing(
 
 
 def _in_order(done: Iterator[Encoded], distances: Distances | None, found: Features) -> Iterator[Encoded]:
-    """What is encoded, and, at their places, the files that could not be opened and whose distances are waited for."""
+    """Yield the encoded images, and in their place the unreadable files that distances wait for."""
     unopened = sorted(index for index in found.faults if distances is not None and index in distances.wanted)
     for item in done:
         while unopened and unopened[0] < item[0]:
@@ -293,7 +293,7 @@ def _keep(
 
 
 def is_usable(vector: Tensor) -> bool:
-    """Whether features are finite and have a direction."""
+    """Say whether features are finite and have a direction."""
     return bool(torch.isfinite(vector).all() and vector.any())
 
 
@@ -304,7 +304,7 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _read_tensors(path: Path, names: Sequence[str]) -> list[Tensor] | None:
-    """The named tensors of a file; None if it is not there, torn, or holds anything that is not finite."""
+    """Return the named tensors of a file; None if it is missing, damaged, or holds NaN or infinity."""
     if not path.exists():
         return None
     try:

@@ -37,11 +37,11 @@ from etherdiff.system.terminal import quiet_libraries
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 OTHER = ("other", "others", "background", "unlabeled", "unlabelled", "void", "ignore")
-"""Names of a first class that stands for "none of the others"."""
+"""Names of a first class that means "none of the others"."""
 
 
 class FolderNetwork:
-    """The parts that all of them share; the model is read at the first image, since features may all be cached."""
+    """Base class of the networks. The model is loaded at the first image, since all features may be cached."""
 
     load: Callable[..., Any]
     feature: str
@@ -63,7 +63,7 @@ class FolderNetwork:
 
     @cached_property
     def model(self) -> Any:
-        """In float32 and evaluation mode, on the device. UserError where a weight would have been made up."""
+        """Model in float32 and evaluation mode, on the device. UserError if a weight is missing."""
         quiet_libraries()
         try:
             model, found = type(self).load(
@@ -71,7 +71,7 @@ class FolderNetwork:
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"{self.source.name} cannot be read: {str(error).splitlines()[0]}") from error
-        # DINO is published without the pooling layer that ViTModel adds, and nobody reads
+        # DINO is published without the pooling layer that ViTModel adds, which is not used
         missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
         if missing or found["mismatched_keys"]:
             names = ", ".join([*missing, *map(str, found["mismatched_keys"])][:3])
@@ -113,20 +113,20 @@ class Clip(FolderNetwork, ImageTextBackbone):
 
     @cached_property
     def context(self) -> int:
-        """Tokens that the text encoder reads, start and end included."""
+        """Number of tokens that the text encoder reads, including start and end."""
         config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
         return int(config.get("text_config", {}).get("max_position_embeddings", 77))
 
     @cached_property
     def tokenizer(self) -> Any:
         own = any((self.source.folder / name).is_file() for name in TOKENIZER_FILES)
-        # CLIP's own vocabulary comes with the package: a small model need not carry it again
+        # CLIP's vocabulary comes with the package: a small model need not include it
         folder = self.source.folder if own else shipped_config("sd15") / "tokenizer"
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
 class ResNetPooled(FolderNetwork, Backbone):
-    """A ResNet's features after global pooling: what FID needs, where Inception does not fit."""
+    """A ResNet's features after global pooling: for FID where Inception does not fit."""
 
     load = ResNetForImageClassification.from_pretrained
     feature = "pooled output"
@@ -138,7 +138,7 @@ class ResNetPooled(FolderNetwork, Backbone):
 
 
 class ResNetLayers(FolderNetwork, Backbone):
-    """A ResNet's inner features, so scaled that squared distances between them are LPIPS without learned weights."""
+    """A ResNet's hidden states, scaled so that squared distances are LPIPS without learned weights."""
 
     load = ResNetForImageClassification.from_pretrained
     feature = "LPIPS without linear weights over all hidden states"
@@ -151,7 +151,7 @@ class ResNetLayers(FolderNetwork, Backbone):
 
 
 def load_from_folder(role: str, source: NetworkSource, device: str) -> Backbone:
-    """The network in a transformers folder, for what it is to be used.
+    """Return the network in a transformers folder, for a role.
 
     Raises:
         UserError: no weights, no preprocessing, or a network that the role cannot use.
@@ -177,7 +177,7 @@ def _read_config(source: NetworkSource) -> Any:
 
 
 def _projected(output: Any) -> Tensor:
-    """Transformers 5 gives an object, whose pooler_output is the projection; 4.x gave the projection itself."""
+    """Return the projection: pooler_output of an object in transformers 5, the output itself in 4.x."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
@@ -185,18 +185,18 @@ def _projected(output: Any) -> Tensor:
 
 
 class Segmenter(FolderNetwork):
-    """Images to class indices. `preprocessing` prepares them; where the model counts "other" as class 0, it is left out."""
+    """Turns images into class indices. If the model counts "other" as class 0, that class is left out."""
 
     load = AutoModelForSemanticSegmentation.from_pretrained
     feature = "class of each pixel: logits scaled bilinearly to the map, argmax over the dataset's classes"
     largest_batch = 16
-    """Images per forward pass; more are split."""
+    """Maximum images per forward pass; larger batches are split."""
 
     def __init__(self, source: NetworkSource, classes: Sequence[str], device: str) -> None:
-        """classes: the dataset's, in the order of its indices. UserError where the network's are not these."""
+        """classes: names of the dataset's classes, in order. UserError where the network has other classes."""
         self.classes = len(classes)
         self.skipped = _outputs_before(source, _read_outputs(source), classes)
-        """Outputs before the dataset's first class: 1 where the network counts "other" as class 0, else 0."""
+        """Number of outputs before the dataset's first class: 1 if the network counts "other" as class 0, else 0."""
         if self.skipped:
             self.feature += ", the first output left out"
         super().__init__(source, device)
@@ -205,9 +205,9 @@ class Segmenter(FolderNetwork):
 
     @torch.inference_mode()
     def segment(self, pixels: Pixels, resolution: int) -> Tensor:
-        """uint8 (B, 3, h, w) of `preprocessing.pixels` to int64 (B, resolution, resolution), 0 to classes - 1, on the CPU.
+        """Turn uint8 pixels (B, 3, h, w) into classes: int64 (B, resolution, resolution), 0 to classes - 1, on the CPU.
 
-        An image whose logits are not finite has -1 everywhere.
+        An image whose logits hold NaN or infinity is -1 everywhere.
         """
         batch = self.preprocessing.normalize(stacked(pixels, self.device))
         parts = [self._classes(part, resolution) for part in batch.split(self.largest_batch)]
@@ -224,7 +224,7 @@ class Segmenter(FolderNetwork):
 
 
 def load_segmenter(spec: str, classes: Sequence[str], device: str) -> Segmenter:
-    """The network that `spec` names: a hub id (with @REVISION), a local folder, or tiny:upernet.
+    """Return the network that `spec` names: a hub id (with @REVISION), a local folder, or tiny:upernet.
 
     Raises:
         UserError: it is not there, segments nothing, or has other classes than the dataset.
@@ -233,7 +233,7 @@ def load_segmenter(spec: str, classes: Sequence[str], device: str) -> Segmenter:
 
 
 def _read_outputs(source: NetworkSource) -> list[str]:
-    """The names of the network's classes, as its configuration has them; LABEL_0, LABEL_1, … where it has none."""
+    """Return the names of the network's classes in its configuration; LABEL_0, LABEL_1, … where it has none."""
     config = _read_config(source)
     if type(config) not in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING:
         raise UserError(f"{source.name} is a {config.model_type} model, which does not segment: name an UperNet or SegFormer")
@@ -241,21 +241,21 @@ def _read_outputs(source: NetworkSource) -> list[str]:
 
 
 def _outputs_before(source: NetworkSource, outputs: Sequence[str], classes: Sequence[str]) -> int:
-    """How many of the network's classes come before the dataset's first, 0 or 1.
+    """Return how many of the network's classes come before the dataset's first: 0 or 1.
 
-    `do_reduce_labels` of the image processor says that the network was trained on maps whose 0 ("other") had been taken out,
-    as in ADE20K's challenge: then its class 0 is the map's 1, which is the dataset's 0, and nothing comes before.
+    `do_reduce_labels` of the image processor means that the network was trained on maps without 0 ("other"), as in ADE20K's
+    challenge: then its class 0 is the map's 1, which is the dataset's 0, and no class comes before.
     """
     has_other = _plain(outputs[0]) in OTHER and _plain(classes[0]) != _plain(outputs[0])
-    told = f"{source.name} has {len(outputs)} classes (the first is {outputs[0]!r}), and the dataset {len(classes)}"
+    counts = f"{source.name} has {len(outputs)} classes (the first is {outputs[0]!r}), and the dataset {len(classes)}"
     if len(outputs) == len(classes) + 1 and _reduces_labels(source):
-        raise UserError(f"{told}: its image processor takes 'other' out of maps, so it should have as many as the dataset")
+        raise UserError(f"{counts}: its image processor takes 'other' out of maps, so it should have as many as the dataset")
     if len(outputs) == len(classes) + 1 and has_other:
         return 1
     if len(outputs) != len(classes):
-        raise UserError(f"{told}: name a segmenter that was trained on this dataset's classes")
+        raise UserError(f"{counts}: name a segmenter that was trained on this dataset's classes")
     if has_other:
-        raise UserError(f"{told}: it counts 'other' as class 0 and so lacks one of the dataset's")
+        raise UserError(f"{counts}: it counts 'other' as class 0 and so lacks one of the dataset's")
     named, wanted = [_plain(name) for name in outputs], [_plain(name) for name in classes]
     if named != wanted and sorted(named) == sorted(wanted):
         raise UserError(f"{source.name} has the dataset's classes in another order")
@@ -263,12 +263,12 @@ def _outputs_before(source: NetworkSource, outputs: Sequence[str], classes: Sequ
 
 
 def _plain(name: str) -> str:
-    """A class's first name: ADE20K's "building, edifice" is "building" elsewhere."""
+    """Return a class's first name: ADE20K's "building, edifice" is "building" elsewhere."""
     return name.partition(",")[0].partition(";")[0].strip().lower()
 
 
 def _reduces_labels(source: NetworkSource) -> bool:
-    """What the image processor did to maps in training; `reduce_labels` is the option's name of old."""
+    """Say whether the image processor reduced labels in training; `reduce_labels` is the option's old name."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = source.folder / name
         if path.is_file():

@@ -1,6 +1,6 @@
-"""What the metrics compute, as pure functions of tensors: no network, no file, no state.
+"""The mathematics of the metrics, as pure functions of tensors: no network, no file, no state.
 
-Pairs (cosine, LPIPS), Fréchet distance, areas of classes, edges, landmarks. `etherdiff.eval.metrics` says what uses which.
+Pairs (cosine, LPIPS), Fréchet distance, areas of classes, edges, landmarks. `etherdiff.eval.metrics` uses them.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def upper_pairs(values: Tensor) -> Tensor:
 
 
 def _with_direction(features: Tensor) -> Tensor:
-    """Features as float64. ValueError where a row has no direction."""
+    """Return features as float64. ValueError where a row has no direction."""
     if features.ndim != 2:
         raise ValueError(f"expected features (N, D), got {tuple(features.shape)}")
     wide = features.double()
@@ -93,7 +93,7 @@ def lpips_distances(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
 
 FEW_FEATURES = 64
 MIN_FOR_MANY_FEATURES = 1000
-"""Images on each side from which more than `FEW_FEATURES` features mean something; the paper has 2000."""
+"""Minimum images on each side for more than `FEW_FEATURES` features; the paper has 2000."""
 
 
 def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def fid(real: Tensor, generated: Tensor) -> float:
 
 
 def fid_problem(real: int, generated: int, features: int) -> str | None:
-    """Say why an FID of so many images would mislead, if it would: its bias falls with the number of images on both sides."""
+    """Return why an FID of this many images would mislead; None if it would not. More images have less bias."""
     if real != generated:
         return f"{real} real and {generated} generated images, but FID needs the same number of both"
     if features > FEW_FEATURES and real < MIN_FOR_MANY_FEATURES:
@@ -140,7 +140,7 @@ def fid_problem(real: int, generated: int, features: int) -> str | None:
 # As mmsegmentation's `IoUMetric`: three areas per class, summed over all images, before anything is divided.
 
 IGNORED = 255
-"""The target's value of a pixel that has no class; its prediction does not count."""
+"""Value of a target pixel without a class; its prediction is not counted."""
 AGREED, PREDICTED, WANTED = range(3)
 
 
@@ -154,7 +154,7 @@ def class_areas(predicted: Tensor, target: Tensor, classes: int) -> Tensor:
         target: the same, or `IGNORED`.
 
     Raises:
-        ValueError: shapes that differ, values that are no integers, or a class that does not exist.
+        ValueError: shapes that differ, values that are not integers, or an unknown class.
     """
     if predicted.shape != target.shape:
         raise ValueError(f"{tuple(predicted.shape)} predicted pixels and {tuple(target.shape)} wanted ones")
@@ -191,7 +191,7 @@ def mean_accuracy(areas: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def pixel_accuracy(areas: NDArray[Any]) -> NDArray[np.float64]:
-    """Return the share of pixels of areas (..., 3, C) whose class is the one wanted (...); NaN without any pixel."""
+    """Return the share of pixels of areas (..., 3, C) with the class that is wanted (...); NaN if there is no pixel."""
     return ratio(areas[..., AGREED, :].sum(-1), areas[..., WANTED, :].sum(-1))
 
 
@@ -210,7 +210,7 @@ def ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def edge_counts(found: Tensor, wanted: Tensor, tolerance: int = 0) -> Tensor:
-    """Return what precision and recall of edge pixels are made of, image by image: int64 (B, 4).
+    """Return the counts for precision and recall of edge pixels, image by image: int64 (B, 4).
 
     Found pixels within `tolerance` of a wanted one, found pixels, wanted pixels within `tolerance` of a found one, wanted
     pixels. Distances are chessboard distances: with a tolerance of 1, the eight neighbours count as well.
@@ -239,7 +239,7 @@ def f1_of_counts(counts: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _grown(edges: Tensor, by: int) -> Tensor:
-    """Every pixel within `by` of an edge."""
+    """Return every pixel within `by` of an edge."""
     return F.max_pool2d(edges[:, None].float(), 2 * by + 1, stride=1, padding=by)[:, 0] > 0
 
 
@@ -247,14 +247,14 @@ def _grown(edges: Tensor, by: int) -> Tensor:
 
 IBUG_POINTS = 68
 OUTER_EYE_CORNERS = (36, 45)
-"""Of iBUG's 68 points, counted from 0: the distance between them is what 300-W normalises by."""
+"""Indices in iBUG's 68 points, from 0: 300-W normalises by the distance between them."""
 
 
 def normaliser(points: NDArray[np.floating]) -> float:
-    """Return what a distance in pixels is divided by: between the outer eye corners of 68 points, else the box's diagonal.
+    """Return the length that distances are divided by: between the outer eye corners of 68 points, else the box's diagonal.
 
     Raises:
-        ValueError: it is 0, so the points are no face.
+        ValueError: it is 0, so the points are not a face.
     """
     if len(points) == IBUG_POINTS:
         one, other = points[list(OUTER_EYE_CORNERS)].astype(np.float64)

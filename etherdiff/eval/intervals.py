@@ -1,16 +1,16 @@
 """How far a score would move with other prompts or images: bootstrap intervals of 95%.
 
-What is drawn again, with replacement, is the unit that the score speaks of:
+What is resampled, with replacement, depends on the score:
 
 - one subject with 5 prompts or more: prompts, each with its images, since images of one prompt resemble each other. The
-  interval says how the score would move with other prompts; the real images and the trained adapter stay as they are.
-- fewer prompts: the single images, which says only how it would move with other seeds.
-- controllable generation: images, each with its map. What is summed over them (areas of classes, edge pixels) is drawn again.
-- several subjects: subjects. The interval speaks of other subjects, which is what a table over subjects claims.
+  interval covers other prompts; the real images and the trained adapter stay the same.
+- fewer prompts: the single images. The interval covers other seeds only.
+- controllable generation: images, each with its map. Their sums (areas of classes, edge pixels) are computed again.
+- several subjects: subjects. The interval covers other subjects, as a table over subjects claims.
 - real images among themselves: the real images.
-- FID: nothing is drawn again, because repeated images raise it. Blocks of images are left out in turn (jackknife).
+- FID: nothing is resampled, because repeated images raise it. Blocks of images are left out in turn (jackknife).
 
-Where nothing can be drawn again (a single unit) there is no interval: None, never a width of zero.
+Where nothing can be resampled (a single unit) there is no interval: None, never a width of zero.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,10 +21,10 @@ from numpy.typing import ArrayLike, NDArray
 DRAWS = 2000
 LEVEL = 0.95
 MIN_PROMPTS = 5
-"""Below it prompts are too few to be drawn again, and images are."""
+"""Minimum number of prompts to resample; below it, images are resampled."""
 MIN_IN_PAIRS = 3
-"""Two things make one pair, whose mean cannot vary."""
-_STREAM = 0x6576616C  # keeps these numbers apart from those of training with the same seed
+"""Minimum number of members of a group: two make only one pair, whose mean cannot vary."""
+_STREAM = 0x6576616C  # separates these random numbers from those of training with the same seed
 
 Interval = tuple[float, float]
 
@@ -35,7 +35,7 @@ def interval_text(low: float | None, high: float | None) -> str:
 
 
 def bootstrap_mean(totals: ArrayLike, counts: ArrayLike, seed: int = 0, draws: int = DRAWS) -> Interval | None:
-    """Percentile interval of Σ totals / Σ counts when units are drawn again.
+    """Compute the percentile interval of Σ totals / Σ counts when units are resampled.
 
     Args:
         totals, counts: (units,) sum and number of the values in each unit (prompt, image or subject).
@@ -59,11 +59,11 @@ def bootstrap_sums(
     seed: int = 0,
     draws: int = DRAWS,
 ) -> Interval | None:
-    """Percentile interval of a statistic of sums over units when the units are drawn again.
+    """Compute the percentile interval of a statistic of sums over units when the units are resampled.
 
     Args:
         units: (N, ...) what each unit adds to the sums.
-        statistic: from (draws, ...) sums to (draws,) values; NaN where the sums have none, which is left out.
+        statistic: from (draws, ...) sums to (draws,) values; NaN is left out.
 
     Returns:
         As `bootstrap_mean`; None for fewer than two units, or where no draw has a value.
@@ -78,9 +78,9 @@ def bootstrap_sums(
 
 
 def bootstrap_pairs(groups: Sequence[NDArray[np.float64]], seed: int = 0, draws: int = DRAWS) -> Interval | None:
-    """Percentile interval of the mean over pairs within groups when each group's members are drawn again.
+    """Compute the percentile interval of the mean over pairs within groups when the members of each group are resampled.
 
-    A member drawn twice makes no pair with itself, whose value (distance 0, cosine 1) would be no pair's.
+    A member that is drawn twice makes no pair with itself: its value (distance 0, cosine 1) is not that of a pair.
 
     Args:
         groups: symmetric (n, n) values of pairs.
@@ -100,7 +100,7 @@ def bootstrap_pairs(groups: Sequence[NDArray[np.float64]], seed: int = 0, draws:
 
 
 def jackknife(without: Callable[[int], float], blocks: int, value: float) -> Interval | None:
-    """Normal interval around `value` from the scores without each of `blocks` equal blocks; cut at 0.
+    """Compute a normal interval around `value` from the scores without each of `blocks` equal blocks; cut at 0.
 
     Args:
         without: the score with the given block left out.

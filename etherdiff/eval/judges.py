@@ -1,4 +1,4 @@
-"""What scores a run's image sets: one judge for subjects, one for controlled images, with the networks that they need."""
+"""Judges, which score the image sets of a run: one for subjects, one for controlled images, with their networks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,18 @@ from typing import Any
 
 from etherdiff.config import ControlEvalOptions, EvalOptions, SubjectEvalOptions
 from etherdiff.control.signals.signal import Signal
-from etherdiff.eval.control_scores import ControlledImage, ControlScoring, score_controlled
+from etherdiff.eval.control_scores import (
+    ControlledImage,
+    ControlScoring,
+    NotReadable,
+    ReadBack,
+    find_readback,
+    score_controlled,
+)
 from etherdiff.eval.functional import fid_problem
 from etherdiff.eval.metrics import CONTROL_METRICS, CONTROL_ROLES, METRICS, PROMPT_METRICS, SUBJECT_METRICS
 from etherdiff.eval.networks import PRESETS, ROLES, Backbone, choose_preset, find_backbones
 from etherdiff.eval.paper import paper_of_maps, paper_of_subject
-from etherdiff.eval.readback import NotReadable, ReadBack, find_readback
 from etherdiff.eval.scores import PromptImages, Scoring, score_images
 from etherdiff.families.sampling import chunks
 from etherdiff.system.devices import device_problem, resolve_device
@@ -25,12 +31,12 @@ from etherdiff.tasks.subject_sets import BASE_IMAGES, SubjectImageSets
 
 @dataclass(frozen=True)
 class Networks:
-    """What images are read with."""
+    """The networks that read images."""
 
     backbones: Mapping[str, Backbone]
     """Role -> network."""
     readback: ReadBack | None = None
-    """What reads a control back; None without control, or where nothing can."""
+    """Reader of the control; None without control, or where there is none."""
     why_no_readback: str = ""
 
 
@@ -68,7 +74,7 @@ def option_problems(options: EvalOptions, signal: str | None = None) -> list[str
 
 
 def find_networks(base: str, options: EvalOptions, signal: Signal | None = None) -> Networks:
-    """Find what the metrics read images with. UserError with everything that cannot be had.
+    """Find the networks of the metrics. UserError with everything that is not available.
 
     Args:
         base: the run's base by name: the tiny one is scored by tiny networks.
@@ -95,7 +101,7 @@ class Judge(ABC):
     """Scores image sets."""
 
     def is_scored(self, images: ImageSet) -> bool:
-        """Say whether a set is scored, or only helps to score the others."""
+        """Say whether a set is scored; else it is only compared with."""
         return True
 
     @abstractmethod
@@ -131,7 +137,7 @@ class SubjectJudge(Judge):
 
 
 class ControlJudge(Judge):
-    """Compares what images show with what their controls wanted, and their set with the real images."""
+    """Compares each image with its control, and the set of images with the real ones."""
 
     def __init__(self, sets: ControlImageSets, options: ControlEvalOptions, networks: Networks) -> None:
         self.sets, self.options = sets, options
@@ -164,12 +170,12 @@ class ControlJudge(Judge):
 
 
 def controlled_images(images: ImageSet, folder: Path) -> Sequence[ControlledImage]:
-    """Return a set's images with the pairs that they are scored against, whether they are there or not."""
+    """Return a set's images with the pairs that they are scored against; files may be missing."""
     return [ControlledImage(one.pair, one.seed, folder / one.place) for one in images.pictures if one.pair is not None]
 
 
 def find_judge(sets: ImageSets, options: EvalOptions, networks: Networks) -> Judge:
-    """Return what scores the sets. UserError where they are too few for a metric."""
+    """Return the judge of the sets."""
     if isinstance(sets, ControlImageSets) and isinstance(options, ControlEvalOptions):
         return ControlJudge(sets, options, networks)
     if isinstance(sets, SubjectImageSets) and isinstance(options, SubjectEvalOptions):
@@ -178,7 +184,7 @@ def find_judge(sets: ImageSets, options: EvalOptions, networks: Networks) -> Jud
 
 
 def refuse_too_few(sets: SubjectImageSets, options: EvalOptions) -> None:
-    """UserError where FID is asked for and there are not as many photos as images."""
+    """Raise UserError if FID is asked for and the number of photos is not that of images."""
     real, drawn = len(sets.subject.images), len(sets[IMAGES].pictures)
     if "fid" in asked_metrics(options) and real != drawn:
         raise UserError(f"fid: {fid_problem(real, drawn, 0)}")

@@ -1,4 +1,4 @@
-"""Features from open_clip, lpips and torch-fidelity, which the extra `eval` installs."""
+"""Networks of the packages open_clip, lpips and torch-fidelity."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ from etherdiff.eval.networks import (
 from etherdiff.system.errors import UserError
 
 LPIPS_SIZE = 512
-"""Pixels: the original scripts compare at 512 x 512, whatever the images' own size and proportions."""
+"""Side in pixels: the original scripts compare at 512 x 512, whatever the size and proportions of the images."""
 
 
 class OpenClip(ImageTextBackbone):
@@ -59,16 +59,16 @@ class OpenClip(ImageTextBackbone):
         return self.model.encode_text(self.tokenizer(list(texts)).to(self.device)).cpu()
 
     def too_long(self, texts: Sequence[str]) -> list[int]:
-        """Counted with a wide context, since open_clip's tokenizers cut without a word."""
+        """Count with a wide context, since open_clip's tokenizers cut texts silently."""
         context = int(self.tokenizer.context_length)
         wide = self.tokenizer(list(texts), context_length=context + 4096)
-        padding = wide[:, -1:]  # nothing written for people fills the wide context
+        padding = wide[:, -1:]  # no real prompt fills the wide context
         lengths = (wide != padding).long().cumsum(1).argmax(1) + 1
         return [max(0, int(length) - context) for length in lengths]
 
 
 def from_open_clip(config: dict[str, Any]) -> Preprocessing:
-    """The steps of open_clip's evaluation transform, which torchvision does there."""
+    """Return the steps of open_clip's evaluation transform, for which open_clip uses torchvision."""
     size = config["size"] if isinstance(config["size"], (tuple, list)) else (config["size"],) * 2
     height, width = size[-2:]
     mode = config.get("resize_mode") or "shortest"
@@ -86,7 +86,7 @@ def from_open_clip(config: dict[str, Any]) -> Preprocessing:
 
 
 class Lpips(Backbone):
-    """The package lpips' network as vectors whose squared distances are its distances."""
+    """The network of the package lpips, as vectors whose squared distances are its distances."""
 
     cached = False
     largest_batch = 8
@@ -115,7 +115,7 @@ class Lpips(Backbone):
 
 
 def load_lpips(spec: str, device: str) -> Lpips:
-    """lpips:alex, lpips:vgg or lpips:squeeze; the first use downloads torchvision's weights of that network."""
+    """Load lpips:alex, lpips:vgg or lpips:squeeze; the first use downloads torchvision's weights of that network."""
     import lpips
 
     net = spec.removeprefix("lpips:")
@@ -151,7 +151,7 @@ class Inception(Backbone):
 
 
 def load_inception(spec: str, device: str) -> Inception:
-    """inception (2048 features, the paper's FID) or inception:64, :192, :768; the first use downloads the weights."""
+    """Load inception (2048 features, the paper's FID) or inception:64, :192, :768; the first use downloads the weights."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     features = spec.partition(":")[2] or "2048"
@@ -163,7 +163,7 @@ def load_inception(spec: str, device: str) -> Inception:
 
 @contextlib.contextmanager
 def _readable(spec: str) -> Iterator[None]:
-    """The libraries' own errors, and those of their downloads, as one that says what would help."""
+    """Turn any error of a library or its download into a UserError that says what would help."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # lpips and torch.hub print there, where results belong
             yield

@@ -1,7 +1,7 @@
-"""Every metric, declared in one place: what it is called, what it compares, which network it reads, and how it is computed.
+"""All metrics, declared in one place: name, what is compared, network, and computation.
 
-A metric is one entry of `METRICS`. What it compares becomes units (an image's pixels, a prompt's pairs), units are summed, and
-the score is a function of the sums: so scores of parts add up, and `etherdiff.eval.intervals` can draw the units again.
+A metric is one entry of `METRICS`. Its input becomes units (an image's pixels, a prompt's pairs), units are summed, and the
+score is a function of the sums: so parts can be added, and `etherdiff.eval.intervals` can resample the units.
 """
 
 import math
@@ -44,7 +44,7 @@ def values_of_pairs(values: Tensor) -> Tensor:
 
 
 def values_among(table: Tensor) -> Tensor:
-    """As `values_of_pairs`, of a symmetric table (N, N) among N images: each pair once, the diagonal left out."""
+    """Return `values_of_pairs` of a symmetric table (N, N): each pair once, without the diagonal."""
     return values_of_pairs(upper_pairs(table))
 
 
@@ -107,7 +107,7 @@ class Metric:
     """One sentence. It is part of every score's identity: with another text, old scores can no longer be compared."""
     compares: Compares
     role: str
-    """What it reads images with: a role of `etherdiff.eval.networks.ROLES`, or of `CONTROL_ROLES`."""
+    """Role of the network that reads images, from `etherdiff.eval.networks.ROLES` or `CONTROL_ROLES`."""
     units: Callable[..., Tensor] = values_of_pairs
     """Turns what is compared (and its `size`, where it has any) into units (units, *shape), float64, or raises ValueError."""
     value: Callable[[NDArray[np.float64]], NDArray[np.float64]] = mean_of_sums
@@ -118,9 +118,9 @@ class Metric:
     baseline: str | None = None
     """Name of the metric over real images alone that is shown next to it."""
     is_for_subjects: bool = False
-    """Whether a subject is scored by it when nothing else is asked for."""
+    """Whether it is a default metric of subjects."""
     signals: tuple[str, ...] = ()
-    """Control signals whose runs are scored by it."""
+    """Control signals whose runs it scores."""
     shape: Callable[[int], tuple[int, ...]] = lambda size: (2,)
     """Shape of a unit, from the number of classes or features."""
 
@@ -321,7 +321,7 @@ _ALL = (
 METRICS = {metric.name: metric for metric in _ALL}
 
 CONTROL_ROLES = ("segmenter", "edges", "landmarks")
-"""What reads a control back from a generated image: a network, Canny's algorithm, a detector of faces."""
+"""Roles that read a control back from a generated image: a network, Canny's algorithm, a face detector."""
 CONTROL_METRICS = {signal: (*(metric.name for metric in _ALL if signal in metric.signals), "fid") for signal in SIGNALS}
 """Name of a control signal -> metrics of its runs."""
 PROMPT_METRICS = tuple(metric.name for metric in _ALL if metric.compares != "control x generated")
@@ -329,7 +329,7 @@ PROMPT_METRICS = tuple(metric.name for metric in _ALL if metric.compares != "con
 SUBJECT_METRICS = tuple(metric.name for metric in _ALL if metric.is_for_subjects)
 """Metrics of a subject by default, without baselines; FID needs hundreds of images on both sides."""
 HELD_OUT = "_held_out"
-"""Ending of a score against images that were not trained on."""
+"""Suffix of a score against images that were not trained on."""
 
 
 def metric_of(score: str) -> Metric:

@@ -42,38 +42,38 @@ PRESETS: dict[str, dict[str, str]] = {
         "segmenter": "tiny:upernet",
     },
 }
-"""`paper`: as the scripts computed the scores that the paper builds on; `tiny`: networks that come with the package.
+"""`paper`: the networks of the scripts that the paper builds on; `tiny`: networks that come with the package.
 
-The paper says UperNet on ADE20K, but not which one: the segmenter is a published one.
+The paper says UperNet on ADE20K, but not which one: the segmenter here is a published one.
 """
 
 # --- Preprocessing ----------------------------------------------------------------------------------------------------
 
 
 READING = "as a viewer shows it: EXIF orientation and colour profile applied, transparency on white, RGB"
-"""How every image file is read, before anything of the below."""
+"""How every image file is read, before the steps below."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize, centre crop, scale to 0..1, normalise; whatever is None is not done."""
+    """Resize, centre crop, scale to 0..1, normalise; a step that is None is left out."""
 
     edge: int | None = None
-    """Pixels: the shorter side is scaled to it, keeping proportions."""
+    """Target length of the shorter side in pixels; proportions are kept."""
     size: tuple[int, int] | None = None
-    """(height, width) in pixels: scaled to it, proportions not kept."""
+    """Target (height, width) in pixels; proportions are not kept."""
     resample: int = Image.Resampling.BILINEAR
     """Pillow's number of the filter."""
     crop: tuple[int, int] | None = None
-    """(height, width) of the window cut from the centre."""
+    """(height, width) of the centre crop in pixels."""
     crop_rounding: Literal["down", "nearest"] = "down"
-    """Where the window starts when it cannot be centred: transformers rounds down, torchvision to the nearest even."""
+    """Rounding of the crop's start: transformers rounds down, torchvision to the nearest even."""
     scale: float = 1 / 255
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """An RGB image, resized and cropped, as uint8 (3, H, W)."""
+        """Resize and crop an RGB image; return uint8 (3, H, W)."""
         target = self._target(image)
         if target is not None:
             image = image.resize(target, Image.Resampling(self.resample))
@@ -84,12 +84,12 @@ class Preprocessing:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) to float32, as the network reads it."""
+        """Turn uint8 (B, 3, H, W) into the network's float32 input."""
         mean, std = (pixels.new_tensor(values, dtype=torch.float32).view(1, 3, 1, 1) for values in (self.mean, self.std))
         return (pixels.float() * self.scale - mean) / std
 
     def describe(self) -> dict[str, Any]:
-        """For an identity: JSON-able, and different for everything that changes a pixel."""
+        """Return a JSON-able description for an identity; it differs for everything that changes a pixel."""
         return {
             "reading": READING,
             **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()},
@@ -100,7 +100,7 @@ class Preprocessing:
         return pixels // 2 if self.crop_rounding == "down" else round(pixels / 2)
 
     def _target(self, image: Image.Image) -> tuple[int, int] | None:
-        """(width, height) to resize to, rounded down on the longer side as transformers and torchvision do."""
+        """Return (width, height) to resize to; the longer side is rounded down as in transformers and torchvision."""
         if self.size is not None:
             return self.size[1], self.size[0]
         if self.edge is None:
@@ -111,10 +111,10 @@ class Preprocessing:
 
 
 def read_preprocessing(folder: Path) -> Preprocessing:
-    """What a transformers folder says of its images, in preprocessor_config.json or processor_config.json.
+    """Read the preprocessing of a transformers folder from preprocessor_config.json or processor_config.json.
 
     Raises:
-        UserError: neither is there, or it asks for something that is not done here.
+        UserError: neither exists, or it asks for a step that is not supported.
     """
     plain, nested = folder / "preprocessor_config.json", folder / "processor_config.json"
     try:
@@ -128,10 +128,10 @@ def read_preprocessing(folder: Path) -> Preprocessing:
 
 
 def from_processor(config: dict[str, Any]) -> Preprocessing:
-    """The steps in the configuration of an image processor of transformers (CLIP, ViT, ConvNeXT and their kin).
+    """Return the steps of a transformers image processor (CLIP, ViT, ConvNeXT and similar) from its configuration.
 
     Raises:
-        ValueError: a step that is not known here.
+        ValueError: a step that is not supported.
     """
     kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
     if config.get("do_pad") or config.get("do_rescale") is False:
@@ -162,7 +162,7 @@ def from_processor(config: dict[str, Any]) -> Preprocessing:
 
 def _edge_and_size(config: dict[str, Any], kind: str) -> tuple[int | None, tuple[int, int] | None]:
     size = config["size"]
-    if isinstance(size, int):  # as old files have it: CLIP's is the shorter side, ViT's a square
+    if isinstance(size, int):  # in old files: the shorter side for CLIP, a square for ViT
         return (size, None) if "CLIP" in kind or "ConvNext" in kind else (None, (size, size))
     if "shortest_edge" in size and "longest_edge" not in size:
         return int(size["shortest_edge"]), None
@@ -185,15 +185,15 @@ Pixels = Tensor | Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Identity:
-    """What decides a feature: two equal identities give, up to rounding, the same numbers for the same image."""
+    """Everything that determines a feature: equal identities give the same numbers, up to rounding."""
 
     name: str
     """Hub id, open_clip name, the folder's name, or etherdiff/tiny-…."""
     revision: str | None
-    """The hub's commit, where its cache tells."""
+    """Commit on the hub, if the cache records it."""
     weights_sha256: str
     weights_hashed: str
-    """What the hash was taken of: names of files (as the hub shows it), or "tensors"."""
+    """What was hashed: names of files (as the hub shows it), or "tensors"."""
     feature: str
     preprocessing: dict[str, Any]
     versions: dict[str, str] = field(default_factory=dict)
@@ -203,19 +203,19 @@ class Identity:
 
     @cached_property
     def digest(self) -> str:
-        """A name for the identity, of 32 hexadecimal digits."""
+        """Name of the identity, 32 hexadecimal digits."""
         return digest(self.as_dict())
 
 
 class Backbone(ABC):
-    """Images to features. `preprocessing` runs in decoding workers, `encode` on the device."""
+    """Turns images into features. `preprocessing` runs in decoding workers, `encode` on the device."""
 
     preprocessing: Preprocessing
     identity: Identity
     cached = True
-    """Whether its features are small enough to be kept on the disk."""
+    """Whether its features are small enough to be cached on disk."""
     largest_batch = 64
-    """Images per forward pass; more are split."""
+    """Maximum images per forward pass; larger batches are split."""
 
     @abstractmethod
     def encode(self, pixels: Pixels) -> Tensor:
@@ -223,7 +223,7 @@ class Backbone(ABC):
 
 
 class ImageTextBackbone(Backbone):
-    """A backbone that also puts texts into the space of its images."""
+    """A backbone that also encodes texts in the space of its images."""
 
     @abstractmethod
     def encode_text(self, texts: Sequence[str]) -> Tensor:
@@ -231,7 +231,7 @@ class ImageTextBackbone(Backbone):
 
     @abstractmethod
     def too_long(self, texts: Sequence[str]) -> list[int]:
-        """Return for each text how many tokens more it has than the text encoder reads; 0 where all of it is read."""
+        """Return for each text the number of tokens beyond what the text encoder reads; 0 if it reads all."""
 
 
 def stacked(pixels: Pixels, device: str) -> Tensor:
@@ -260,7 +260,7 @@ def versions_of(*packages: str) -> dict[str, str]:
     return {name: version(name) for name in sorted({"torch", "pillow", *packages})}
 
 
-# --- Finding them ----------------------------------------------------------------------------------------------------
+# --- Finding networks ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ class NetworkSource:
 
     @property
     def weight_files(self) -> list[Path]:
-        """What `from_pretrained` reads: safetensors where there are any."""
+        """Files that `from_pretrained` reads: safetensors if there are any."""
         return sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("pytorch_model*.bin"))
 
 
@@ -290,7 +290,7 @@ def find_backbones(
     Args:
         roles: of `ROLES`.
         preset: of `PRESETS`.
-        named: role -> what to use instead of the preset's: a local folder, a hub id (with @REVISION), open_clip's
+        named: role -> network instead of the preset's: a local folder, a hub id (with @REVISION), open_clip's
             NAME:PRETRAINED or hf-hub:ID, lpips:NET, inception[:FEATURES].
 
     Raises:
@@ -331,7 +331,7 @@ def find_source(role: str, spec: str) -> NetworkSource:
     """Find the transformers folder of a tiny network (tiny:NAME), of a local folder, or of a hub id, which is downloaded.
 
     Raises:
-        UserError: it is none of them, or the hub cannot give it. role: what it is for, for the message.
+        UserError: it is none of them, or cannot be downloaded. The message names the role.
     """
     if spec.startswith(TINY):
         name = spec.removeprefix(TINY)

@@ -36,7 +36,7 @@ PAPER_S2I: dict[str, dict[str, float]] = {
 
 PAPER_S2I_SCOPE = "2000 validation maps of ADE20K, Stable Diffusion 1.5; which UperNet judged them is not told"
 SD1_TEXT_WIDTH = 768
-"""Width of Stable Diffusion 1's text embeddings, by which it is known."""
+"""Width of Stable Diffusion 1's text embeddings, which identifies it."""
 PAPER_PROMPTS, PAPER_SEEDS = 25, 4
 PAPER_SCOPE = "30 subjects, 25 prompts each, 4 images per prompt, Stable Diffusion 1.5"
 
@@ -59,7 +59,7 @@ _BACKBONES: dict[str, dict[str, Any]] = {
     },
     "fid": {"name": "inception"},
 }
-"""What the scripts behind the paper's numbers used; only what is here is compared."""
+"""Networks of the scripts behind the paper's numbers; only these keys are compared."""
 _REAL_IMAGES = {entry.baseline: name for name, entry in METRICS.items() if entry.baseline}
 """Score of real images among themselves -> the score whose baseline it is."""
 
@@ -73,10 +73,10 @@ def paper_value(score: str, method: str) -> float | None:
 
 
 def differs_from_paper(score: str, identity: dict[str, Any]) -> list[str]:
-    """List why a score was not computed as the paper's of that name; empty where it was, and may be shown next to it.
+    """List how the computation of a score differs from the paper's; empty if it is the same.
 
-    It looks at the network, its features and the preprocessing, and for CLIP-T at the prompts' form (the scripts score
-    against `instance_prompt`, identifier included). Subjects and prompts are `PAPER_SCOPE`, which has to be shown too.
+    Compared are the network, its features and the preprocessing. For CLIP-T also the form of the prompts: the scripts use
+    `instance_prompt`, which includes the identifier. Subjects and prompts are not: show `PAPER_SCOPE` with the number.
     """
     expected = _BACKBONES.get(_REAL_IMAGES.get(score, score))
     if expected is None:
@@ -89,7 +89,7 @@ def differs_from_paper(score: str, identity: dict[str, Any]) -> list[str]:
 
 
 def paper_of_subject(sets: SubjectImageSets, scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the paper's numbers for a run's method, and for each why it must not stand next to ours; empty where it may."""
+    """Return the paper's numbers for a run's method, each with the reasons why it is not comparable with ours."""
     options, apart = sets.options, []
     if isinstance(sets.config, PerturbConfig):
         apart.append("the transformation is random, not trained")
@@ -108,7 +108,7 @@ def paper_of_subject(sets: SubjectImageSets, scores: Mapping[str, Any]) -> dict[
 
 
 def paper_of_maps(sets: ControlImageSets, scores: Iterable[str]) -> dict[str, Any]:
-    """Return the paper's numbers for a controllable run's method, and why they must not be taken for the same as ours."""
+    """Return the paper's numbers for a controllable run's method, and why they are not comparable with ours."""
     method, apart = sets.run.method_label, [f"the paper's: {PAPER_S2I_SCOPE}"]
     if sets.dataset.name != "ade20k" or len(sets.pairs) != MAX_MAPS:
         apart.append(f"{len(sets.pairs)} maps of {sets.dataset.name}")
@@ -121,7 +121,7 @@ def _values(scores: Iterable[str], method: str) -> dict[str, float]:
 
 
 def _only(found: Any, expected: Any) -> Any:
-    """The part of `found` that `expected` speaks of."""
+    """Return the part of `found` whose keys `expected` has."""
     if not isinstance(expected, dict) or not isinstance(found, dict):
         return found
     return {key: _only(found.get(key), value) for key, value in expected.items()}
@@ -132,16 +132,16 @@ def _only(found: Any, expected: Any) -> Any:
 
 @dataclass(frozen=True)
 class PaperValue:
-    """What the paper prints."""
+    """A number of the paper."""
 
     value: float
-    """Shares of 1, not percent."""
+    """Share of 1, not percent."""
     differs: tuple[str, ...]
-    """Why ours is no repetition of it; empty where everything is as in the paper."""
+    """Differences between our measurement and the paper's; empty if there are none."""
 
 
 def paper_of(runs: Sequence[Run], score: str) -> PaperValue | None:
-    """The paper's number for the method of the runs, if they were trained, have one method and it has one."""
+    """Return the paper's number for the one method of trained runs; None if there is no such number."""
     methods = {run.method_label for run in runs if isinstance(run.config, TrainConfig)}
     value = paper_value(score, *methods) if len(methods) == 1 else None
     if value is None:
@@ -150,7 +150,7 @@ def paper_of(runs: Sequence[Run], score: str) -> PaperValue | None:
 
 
 def paper_of_real_images(runs: Sequence[Run], score: str) -> PaperValue | None:
-    """The same for the row of real images."""
+    """Return the paper's number for the row of real images."""
     baseline = METRICS[score].baseline if score in METRICS else None
     value = None if baseline is None else paper_value(baseline, "")
     if baseline is None or value is None:
@@ -159,11 +159,11 @@ def paper_of_real_images(runs: Sequence[Run], score: str) -> PaperValue | None:
 
 
 def paper_scope(task: str) -> str:
-    """What the paper's numbers are of."""
+    """Return what the paper's numbers were measured on."""
     return PAPER_S2I_SCOPE if task == "s2i" else PAPER_SCOPE
 
 
 def _differs(run: Run, score: str) -> list[str]:
-    """As `etherdiff eval` recorded it; of a score that it recorded nothing of, that."""
+    """Return the differences that `etherdiff eval` recorded, or that it recorded nothing."""
     recorded = run.result.paper.scores.get(score) if run.result else None
     return recorded.differs if recorded else ["not compared with the paper by etherdiff eval"]

@@ -1,4 +1,4 @@
-"""From images on the disk to scores: every score with its interval, its identity, and what it leaves out."""
+"""Scores of image files: each with its interval, its identity, and the images that it leaves out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,14 +28,14 @@ class PromptImages:
     """The images that were generated for one prompt."""
 
     prompt: str
-    """As it was drawn from, identifier included: "a sks dog in the jungle"."""
+    """Prompt with identifier: "a sks dog in the jungle"."""
     images: tuple[Path, ...]
     seeds: tuple[int, ...]
     """One per image."""
     plain_prompt: str | None = None
-    """The same without the identifier: "a dog in the jungle"."""
+    """Prompt without identifier: "a dog in the jungle"."""
     wanted: int | None = None
-    """Number of images that there should be; None: as many as there are."""
+    """Expected number of images; None: as many as there are."""
 
     def text(self, form: PromptForm) -> str:
         """Return the prompt in one of its forms."""
@@ -47,16 +47,16 @@ class Scoring:
     """How to score."""
 
     metrics: tuple[str, ...] = SUBJECT_METRICS
-    """Names of metrics; baselines and scores against held-out images come along by themselves."""
+    """Names of metrics; baselines and scores against held-out images are added."""
     preset: str = "paper"
     backbones: Mapping[str, str] = field(default_factory=dict)
-    """Role -> another backbone than the preset's: see `find_backbones`."""
+    """Role -> backbone instead of the preset's (see `find_backbones`)."""
     clip_t_prompt: PromptForm = "with identifier"
     device: str = "auto"
     batch_size: int = 32
-    """Images decoded and encoded together."""
+    """Number of images decoded and encoded together."""
     workers: int | None = None
-    """Decoding processes; None: by the number of images and cores."""
+    """Number of decoding processes; None: chosen by the number of images and cores."""
     seed: int = 0
     """Seed of the intervals' resampling."""
     draws: int = DRAWS
@@ -64,13 +64,13 @@ class Scoring:
 
     @property
     def all_metrics(self) -> list[str]:
-        """The metrics asked for, and the baselines of their row of real images."""
+        """Metrics that are asked for, and their baselines over real images."""
         baselines = [METRICS[name].baseline for name in self.metrics if name in METRICS]
         return list(dict.fromkeys([*self.metrics, *(name for name in baselines if name)]))
 
     @property
     def roles(self) -> list[str]:
-        """The backbones that the metrics read."""
+        """Roles of the backbones that the metrics use."""
         return list(dict.fromkeys(METRICS[name].role for name in self.metrics))
 
 
@@ -86,18 +86,18 @@ def score_images(
 
     Args:
         real: the images that were trained on.
-        held_out: images of the same thing that were not; scores against them get names of their own.
-        generation: what else decides the images (sampler, steps, guidance), kept in every identity.
-        loaded: backbones by role, for callers that score again and again; None: found as `scoring` says.
+        held_out: images of the subject that were not; scores against them have names of their own.
+        generation: further settings of the images (sampler, steps, guidance), kept in every identity.
+        loaded: backbones by role, for callers that score repeatedly; None: found by `scoring`.
 
     Returns:
-        scores: name -> mean, low, high (None where nothing can be drawn again), n (images), pairs, interval, identity.
+        scores: name -> mean, low, high (None where nothing can be resampled), n (images), pairs, interval, identity.
         per_prompt: for each prompt its texts, seeds, number of images scored and scores (mean, n, pairs; None without).
         left_out: every image or prompt that is in no score, or not in all, by reason; empty lists where there are none.
         not_scored: metric -> why it has no score.
 
     Raises:
-        UserError: everything that makes scoring pointless, in one message.
+        UserError: everything that prevents scoring, in one message.
     """
     _refuse_what_cannot_be_scored(real, prompts, scoring, loaded)
     if loaded is None:
@@ -157,17 +157,17 @@ def _refuse_what_cannot_be_scored(
 
 @dataclass
 class EncodedImages:
-    """The images of one scoring and what is known of them; indices count real, held-out and generated images in this order."""
+    """The images of one scoring and their features; indices count real, held-out and generated images in this order."""
 
     paths: list[Path]
     real: range
     held_out: range
     prompts: Sequence[PromptImages]
     groups: list[range]
-    """Images of each prompt; empty for a prompt without any."""
+    """Indices of each prompt's images; empty for a prompt without images."""
     features: Features
     distances: Distances | None
-    """LPIPS distances, where they are asked for."""
+    """LPIPS distances, if they are asked for."""
     backbones: Mapping[str, Backbone]
 
     @property
@@ -175,7 +175,7 @@ class EncodedImages:
         return range(self.held_out.stop, len(self.paths))
 
     def usable(self, role: str, indices: Sequence[int]) -> list[int]:
-        """Return those of the images that the role has features of."""
+        """Return the images that have features for the role."""
         if role == "lpips":
             bad = {*self.features.faults, *self.features.unusable.get(role, [])}
             return [index for index in indices if index not in bad]
@@ -200,7 +200,7 @@ class EncodedImages:
         return self.distances.to_reference[number][places][:, list(columns)]
 
     def left_out(self, long_prompts: Sequence[dict[str, Any]] = ()) -> dict[str, list[dict[str, Any]]]:
-        """Return every image or prompt that is in no score, or not in all, by reason."""
+        """Return every image or prompt that is missing from a score, by reason."""
         faults = self.features.faults
         by_role = self.features.unusable.items()
         return {
@@ -216,7 +216,7 @@ class EncodedImages:
         }
 
     def describe(self, index: int) -> dict[str, Any]:
-        """Return an image in words that hold on any machine."""
+        """Return a description of an image without its path."""
         if index in self.generated:
             number = next(number for number, group in enumerate(self.groups) if index in group)
             seed = self.prompts[number].seeds[index - self.groups[number].start]
@@ -281,7 +281,7 @@ class Scorer:
                 self._score_prompts(name + HELD_OUT, metric, self.images.held_out, "held-out images")
 
     def per_prompt(self) -> list[dict[str, Any]]:
-        """Return what each prompt scored."""
+        """Return the scores of each prompt."""
         return [
             {
                 "prompt": prompt.prompt,
@@ -294,7 +294,7 @@ class Scorer:
         ]
 
     def _score_prompts(self, name: str, metric: Metric, reference: range, kind: str) -> None:
-        """A mean over pairs, prompt by prompt, with an interval over prompts or images."""
+        """Compute a mean over pairs, prompt by prompt, with an interval over prompts or images."""
         total, tables, found = metric.make(), [], list[dict[str, Any] | None]()
         columns = self.images.usable(metric.role, reference)
         for number in range(len(self.images.prompts)):
@@ -317,7 +317,7 @@ class Scorer:
         }
 
     def _pairs_of_prompt(self, metric: Metric, prompt: int, columns: Sequence[int]) -> Tensor | None:
-        """The values of a prompt's pairs, a row for each of its usable images; None without any pair."""
+        """Return the values of a prompt's pairs, a row for each usable image; None if there is no pair."""
         images = self.images
         rows = images.usable(metric.role, images.groups[prompt])
         if metric.compares == "real x generated":
@@ -351,7 +351,7 @@ class Scorer:
         }
 
     def _score_sets(self, metric: Metric) -> None:
-        """Real image i belongs to generated image i: where one is left out, so is the other."""
+        """Score sets. Real image i belongs to generated image i: if one is left out, so is the other."""
         images = self.images
         both = [
             (real, generated)
@@ -379,7 +379,7 @@ class Scorer:
         }
 
     def _text_features(self) -> dict[int, Tensor]:
-        """Prompt number -> (D,), for the prompts that the text encoder reads to their end; the others are noted."""
+        """Return prompt number -> (D,) of the prompts that the text encoder reads completely; note the others."""
         if self._texts is None:
             backbone = self.images.backbones["clip"]
             if not isinstance(backbone, ImageTextBackbone):
@@ -441,7 +441,7 @@ class Scorer:
 
 
 def _count_pairs(metric: Metric, table: Tensor) -> int:
-    """How many pairs a metric takes from a table."""
+    """Return the number of pairs that a metric takes from a table."""
     return int(metric.units(table)[0, 1])
 
 

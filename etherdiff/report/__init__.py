@@ -13,7 +13,7 @@ __all__ = ["show_report", "write_report"]
 def write_report(run: Path) -> Path:
     """Write RUN/report.html, one file that needs nothing else, and return its path.
 
-    Every part of the run may be missing: the page says what would make it. The same files give the same page.
+    Every part of the run may be missing: the page shows the command that makes it. The same files give the same page.
     UserError where `run` is no run folder.
     """
     contents = read_contents(run)
@@ -23,8 +23,8 @@ def write_report(run: Path) -> Path:
 
 
 def show_report(run: Path) -> None:
-    """Write the report and say where it is; where that fails, warn: the numbers are there all the same."""
+    """Write the report and say where it is. If that fails, only warn: the scores are already written."""
     try:
         say(f"all of it to look at: {write_report(run)}")
-    except Exception as error:  # whatever a damaged image, a font or the disk raises
+    except Exception as error:  # a damaged image, a font or the disk can raise anything
         warn(f"the report failed ({type(error).__name__}: {error})")

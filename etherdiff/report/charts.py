@@ -1,4 +1,4 @@
-"""Charts as places on a drawing, which a template turns into SVG; and curves thinned and smoothed for them."""
+"""Charts as coordinates, which a template turns into SVG; thinning and smoothing of curves."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 from etherdiff.system.text import short
 
 WIDTH, HEIGHT = 420, 250
-"""Units of the drawing: about as many pixels as it has on a phone, so that 12 stays readable there."""
+"""Size of the drawing, about its pixels on a phone, so that text of size 12 is readable there."""
 LEFT, RIGHT, TOP, BOTTOM = 52, 20, 14, 36
 TICKS = 6
 MAX_POINTS = 240
@@ -26,18 +26,18 @@ class Series:
     name: str
     points: Sequence[Point]
     colour: int = 0
-    """Which of the page's colours."""
+    """Number of the colour in the style sheet."""
     line: bool = True
     dots: bool = False
     faint: bool = False
-    """A backdrop, without an entry in the legend."""
+    """Whether it is a background, without an entry in the legend."""
     names: Sequence[str] = ()
-    """What each dot is, shown where the pointer rests on it; none: its numbers."""
+    """Tooltip of each dot; empty: its numbers."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A vertical line at x with a word beside it."""
+    """A vertical line at x with a label."""
 
     x: float
     label: str
@@ -52,25 +52,25 @@ class Chart:
     x_label: str
     marks: Sequence[Mark] = ()
     x_range: Point | None = None
-    """Range that several charts share; None: where the points are."""
+    """Range that several charts share; None: the range of the points."""
     from_zero: bool = False
     """Whether the vertical axis starts at 0, for quantities whose size matters rather than their change."""
 
     @cached_property
     def drawn(self) -> list[Series]:
-        """The series that have a point; a chart without one is not drawn."""
+        """Series that have a point; a chart without any is not drawn."""
         return [one for one in self.series if one.points]
 
     @property
     def words(self) -> str:
-        """The chart for who cannot see it."""
-        told = [
+        """Text of the chart for screen readers."""
+        curves = [
             f"{one.name} from {short(one.points[0][1])} at {short(one.points[0][0])} "
             f"to {short(one.points[-1][1])} at {short(one.points[-1][0])}"
             for one in self.drawn
             if not one.faint
         ]
-        return f"{self.title}: {'; '.join(told)}"
+        return f"{self.title}: {'; '.join(curves)}"
 
     @cached_property
     def x_limits(self) -> Point:
@@ -83,14 +83,14 @@ class Chart:
         return (0.0 if self.from_zero else low), high
 
     def x(self, value: float) -> float:
-        """Place of a value on the drawing."""
+        """Return the place of a value on the drawing."""
         return _placed(value, self.x_limits, LEFT, WIDTH - RIGHT)
 
     def y(self, value: float) -> float:
         return _placed(value, self.y_limits, HEIGHT - BOTTOM, TOP)
 
     def x_ticks(self) -> list[tuple[float, str]]:
-        """Place and label of each tick; x counts steps or layers, so that it has whole numbers."""
+        """Return place and label of each tick; x counts steps or layers, so ticks are whole numbers."""
         values = [x for x in ticks(*self.x_limits) if x == int(x)]
         return [(self.x(value), label) for value, label in zip(values, _labels(values), strict=True)]
 
@@ -99,19 +99,19 @@ class Chart:
         return [(self.y(value), label) for value, label in zip(values, _labels(values), strict=True)]
 
     def visible_marks(self) -> list[tuple[float, str, bool]]:
-        """Place, label, and whether the label is on the left side of the line."""
+        """Return place, label, and whether the label is on the left side of the line."""
         low, high = self.x_limits
         placed = [(self.x(mark.x), mark.label) for mark in self.marks if low <= mark.x <= high]
         return [(x, label, x > (LEFT + WIDTH - RIGHT) / 2) for x, label in placed]
 
     def polyline(self, one: Series) -> str:
-        """The line through a series' points; empty where it has none."""
+        """Return the line through a series' points; empty where it has none."""
         if not one.line or len(one.points) < 2:
             return ""
         return " ".join(f"{self.x(x)},{self.y(y)}" for x, y in one.points)
 
     def dots(self, one: Series) -> list[tuple[float, float, str]]:
-        """Place and name of each dot; a lone point is always one."""
+        """Return place and name of each dot; a single point is always a dot."""
         if not one.dots and (len(one.points) > 1 or not one.line):
             return []
         names = one.names or [f"{short(x)}: {short(y)}" for x, y in one.points]
@@ -119,7 +119,7 @@ class Chart:
 
 
 def interval_bar(mean: float, low: float | None, high: float | None, domain: Point) -> tuple[float, float | None, float | None]:
-    """Places of a mean and of its interval's ends on a bar 200 wide, within a domain that neighbouring bars share."""
+    """Place a mean and its interval's ends on a bar of width 200; neighbouring bars share the domain."""
     places = [None if value is None else _placed(value, domain, 6, 194, flat=0) for value in (mean, low, high)]
     return places[0] or 0.0, places[1], places[2]
 
@@ -168,7 +168,7 @@ def ticks(low: float, high: float, about: int = TICKS) -> list[float]:
 
 
 def _placed(value: float, values: Point, start: float, end: float, flat: float = 0.5) -> float:
-    """Where a value of a range lies between two places; `flat`: the share where the range is a single value."""
+    """Return where a value of a range lies between two places; `flat`: the share if the range is a single value."""
     low, high = values
     share = (value - low) / (high - low) if high > low else flat
     return round(start + share * (end - start), 1)
@@ -183,7 +183,7 @@ def _range(values: Sequence[float], margin: float) -> Point:
 
 
 def _labels(values: Sequence[float]) -> list[str]:
-    """The ticks' numbers, all with as many decimals as their distance needs."""
+    """Write the ticks' numbers, all with as many decimals as their distance needs."""
     step = values[1] - values[0] if len(values) > 1 else abs(values[0]) if values else 1.0
     largest = max((abs(value) for value in values), default=0.0)
     if largest >= 1e6 or 0 < largest < 1e-3:

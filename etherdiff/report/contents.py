@@ -1,4 +1,4 @@
-"""What a run folder holds, read for its report: every part may be missing, and a damaged one is said, not fatal."""
+"""The contents of a run folder for its report: every part may be missing, and damaged parts are listed."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ R = TypeVar("R", bound=Record)
 _NUMBERED = re.compile(r"(\d+)-(.*)")
 _STEP = re.compile(r"step-(\d+)")
 Images = dict[int, Path]
-"""Seed -> image."""
+"""Seed -> path of the image."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Grid:
 
     prompt: str
     rows: dict[str, Images]
-    """Whose they are, the base's first -> images."""
+    """Name of the model or step, the base first -> images."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A run, as far as it has got."""
+    """The contents of a finished or unfinished run."""
 
     run: Run
     curves: list[dict[str, Any]] = field(default_factory=list)
@@ -45,25 +45,25 @@ class Contents:
     cost: Cost = field(default_factory=Cost)
     eval_cost: Cost = field(default_factory=Cost)
     result: EvalResult | None = None
-    """The scores, without their damaged parts."""
+    """Scores, without damaged parts."""
     best: Best | None = None
     sheet: Path | None = None
-    """eval/sheet.png: of a controllable run, controls beside generated and real images."""
+    """Path of eval/sheet.png of a controllable run: controls, generated and real images."""
     evaluated: list[Grid] = field(default_factory=list)
     sampled: list[Grid] = field(default_factory=list)
-    """Sample images of training: the base's and those of each step."""
+    """Sample images of training, of the base and of each step."""
     subject: list[Path] = field(default_factory=list)
-    """The images that were trained on, where they are still there."""
+    """Training images that still exist."""
     trainable: int | None = None
     adapter_bytes: int | None = None
     drift: dict[str, LayerDrift] = field(default_factory=dict)
     why_no_drift: str = ""
     damaged: list[str] = field(default_factory=list)
-    """What could not be read, a sentence each."""
+    """Sentences about what cannot be read."""
 
 
 def read_contents(path: Path) -> Contents:
-    """Everything in a run folder. UserError where it is none."""
+    """Read everything in a run folder. UserError where it is not one."""
     run = Run.open(path)
     folder = run.folder
     damaged: list[str] = []
@@ -104,20 +104,20 @@ def _read(kind: type[R], path: Path, damaged: list[str]) -> R | None:
 
 
 def _evaluated(folder: Path, method: str, result: EvalResult) -> list[Grid]:
-    """The base's images and the run's, by the prompts' numbers: their names differ, since the base's lack the identifier."""
+    """Pair the base's images with the run's by prompt number: the names differ, since the base's lack the identifier."""
     prompts = [row.prompt for row in result.per_prompt]
     return _side_by_side({"base": folder / "base_images", method: folder / "images"}, prompts)
 
 
 def _sampled(folder: Path) -> list[Grid]:
-    """The base's samples and those of every step, in their order."""
+    """Return the base's samples and those of every step, in order."""
     steps = {int(found[1]): path for path in _folders(folder) if (found := _STEP.fullmatch(path.name))}
     named = {f"step {step}": path for step, path in sorted(steps.items())}
     return _side_by_side({"base": folder / "base", **named}, []) if named else []
 
 
 def _side_by_side(folders: Mapping[str, Path], prompts: Sequence[str]) -> list[Grid]:
-    """folders: whose images -> a folder of NNN-prompt/SEED.png. prompts: their texts by number, where they are known."""
+    """Return a grid per prompt. folders: row -> folder of NNN-prompt/SEED.png; prompts: texts by number, if known."""
     found: dict[int, Grid] = {}
     for name, folder in folders.items():
         for path in _folders(folder):
@@ -153,7 +153,7 @@ def _prompt_inside(path: Path) -> str | None:
 
 
 def _subject_images(config: RunConfig) -> list[Path]:
-    """The photos of the subject, where they are on this machine: nothing is downloaded."""
+    """Find the subject's photos on this machine; nothing is downloaded."""
     if not isinstance(config, SubjectConfig):
         return []
     try:
@@ -163,7 +163,7 @@ def _subject_images(config: RunConfig) -> list[Path]:
 
 
 def _size(run: Run) -> tuple[int | None, int | None]:
-    """Trained numbers and bytes of the saved adapters; None where there is none, or one is damaged."""
+    """Return trained numbers and bytes of the saved adapters; None if there is none, or one is damaged."""
     try:
         count = count_trained(run)
         files = [path for folder in run.adapters for path in read_adapter(folder).folder.iterdir()]
@@ -173,7 +173,7 @@ def _size(run: Run) -> tuple[int | None, int | None]:
 
 
 def _drift(run: Run) -> tuple[dict[str, LayerDrift], str]:
-    """The saved adapters' drift from their base; or none, and why not."""
+    """Return the saved adapters' drift from their base; or nothing, and why."""
     if not run.adapters:
         return {}, "There is no adapter yet: it is saved when the run ends."
     try:

@@ -15,18 +15,18 @@ from etherdiff.images.reading import UnreadableImage, read_image
 from etherdiff.system.text import counted, score
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-"""Nothing is fetched and no script runs, whatever a page may hold."""
-_UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # no HTML may hold them, or no UTF-8
+"""Content security policy: nothing is fetched, and no script runs."""
+_UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # not allowed in HTML or in UTF-8
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill in a template of the folder `templates`."""
+    """Render a template of the folder `templates`."""
     return environment().get_template(template).render(values)
 
 
 @cache
 def environment() -> Environment:
-    """The templates, with the filters that they use."""
+    """Return the templates' environment, with the filters that they use."""
     made = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -41,17 +41,17 @@ def environment() -> Environment:
 
 
 def foreign(value: object) -> Any:
-    """Text that somebody wrote, in its own direction: right-to-left letters do not turn what stands around them."""
+    """Isolate the direction of text that users wrote: right-to-left letters do not reorder the text around them."""
     return parts().foreign(value)
 
 
 def parts() -> Any:
-    """The macros of `parts.html.j2`, whose values are markup."""
+    """Return the macros of `parts.html.j2`, whose values are markup."""
     return environment().get_template("parts.html.j2").module
 
 
 def _fit(value: object) -> object:
-    """A value's text without the characters that no page may hold; None as nothing, markup as it is."""
+    """Remove the characters that HTML must not contain; None becomes empty, markup stays."""
     if hasattr(value, "__html__"):
         return value
     return "" if value is None else _UNFIT.sub("�", str(value))
@@ -61,34 +61,34 @@ def _fit(value: object) -> object:
 
 
 BUDGET = 12_000_000
-"""Characters of the page that images may take."""
+"""Maximum characters of all images in the page."""
 SIDES = (320, 224, 160, 112)
-"""Longest sides in pixels that thumbnails come in."""
+"""Possible longest sides of thumbnails in pixels."""
 SMALL = 128
-"""Images up to this side are kept to the pixel, as PNG, and shown in squares."""
+"""Maximum side in pixels of images that are embedded unchanged, as PNG, and shown pixelated."""
 QUALITY = 82
 _TYPICAL = 0.35  # characters of the page per pixel of a JPEG: base64 of a quarter of a byte
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """An image, or why there is none."""
+    """An image, or the reason why there is none."""
 
     alt: str
     source: str = ""
-    """A data: address; empty where the image is not shown."""
+    """data: URL; empty if the image is not shown."""
     width: int = 0
     height: int = 0
     is_pixelated: bool = False
     why_not: str = ""
     badge: str = ""
-    """What is written on the image."""
+    """Text on the image."""
 
 
 class Album:
-    """Turns files into pictures. It is told how many will come, and chooses the side that all have room in.
+    """Turns files into thumbnails, of a side that the expected number of images has room for.
 
-    Should they be larger than is typical, what no longer fits is named instead of shown.
+    If images are larger than is typical, those beyond the budget are named instead of shown.
     """
 
     def __init__(self, expected: int, budget: int = BUDGET) -> None:
@@ -99,7 +99,7 @@ class Album:
         self.side = next(fitting, SIDES[-1])
 
     def picture(self, path: Path, alt: str, side: int | None = None, badge: str = "") -> Thumbnail:
-        """Read an image; `side` is its longest side in pixels, if not that of all."""
+        """Read an image; `side` is its longest side in pixels, if it differs from the album's."""
         try:
             image = read_image(path)
         except UnreadableImage as error:
@@ -114,7 +114,7 @@ class Album:
 
 
 def _encode(image: Image.Image, side: int) -> tuple[bytes, str]:
-    """File and kind of an RGB image, without what its file may hold besides; it is shrunk in place."""
+    """Return file and kind of an RGB image, without the file's metadata; the image is shrunk in place."""
     file = io.BytesIO()
     if max(image.size) <= SMALL:
         Image.frombytes("RGB", image.size, image.tobytes()).save(file, "PNG", optimize=True)

@@ -1,4 +1,4 @@
-"""The page: what a run's files say, put in the order and the words in which the templates show it."""
+"""The report page: the contents of a run in the order and words of the templates."""
 
 import json
 import math
@@ -23,9 +23,9 @@ MAX_STEPS = 5
 MAX_PHOTOS = 6
 SHEET_SIDE = 1600
 OPEN = 8
-"""Prompts that are in sight at once; the others open at a click."""
+"""Number of prompts that are shown at once; the others are folded."""
 BAD_IMAGES = ("black", "unreadable", "bad_features")
-"""Kinds of images that are in no score, or not in all."""
+"""Kinds of images that are left out of scores."""
 NO_CURVE = ("step", "learning_rate", "loss", "validation_loss")
 NEVER_SAVED = ("overwrite", "dry_run")
 LAYERS = "layer, in the network's order"
@@ -34,19 +34,19 @@ Row = Sequence[object]
 
 @dataclass(frozen=True)
 class Cells:
-    """Cells for the template `table`; the first column names the rows."""
+    """Cells for the template `table`; the first column has the names of the rows."""
 
     head: Row
     rows: Sequence[Row]
     kind: str
     """Classes of the style sheet."""
     label: str
-    """What it shows, read aloud to who cannot see it."""
+    """Label for screen readers."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """A prompt's images: whose they are -> a picture per seed."""
+    """The images of a prompt: name of the model or step -> a thumbnail per seed."""
 
     prompt: str
     rows: dict[str, list[Thumbnail]]
@@ -54,16 +54,16 @@ class Card:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page that has something to show."""
+    """A part of the page."""
 
     name: str
-    """Of its macro in the template, and of its anchor."""
+    """Name of its macro in the template, and of its anchor."""
     title: str
     content: Any
 
 
 def make_page(contents: Contents) -> str:
-    """Write the whole report. A function of the run's files alone: no clock, nothing of the machine."""
+    """Write the whole report. It depends on the run's files alone, not on the clock or the machine."""
     run = contents.run
     album = Album(expected_images(contents))
     sections = [
@@ -105,7 +105,7 @@ def _trainable(contents: Contents) -> str | None:
 
 
 def _warnings(contents: Contents, album: Album) -> list[str]:
-    """What the reader has to know before reading on."""
+    """Return the warnings at the top of the page."""
     found = list(contents.damaged)
     if album.not_shown:
         found.append(f"{counted(album.not_shown, 'image')} not shown, to keep the page small: they are in the run's folder")
@@ -124,10 +124,10 @@ def expected_images(contents: Contents) -> int:
 
 
 def _pictures(contents: Contents, album: Album) -> list[Section]:
-    photos: dict[str, Any] = {"photos": [], "told": "", "cards": [], "more": 0}
+    photos: dict[str, Any] = {"photos": [], "intro": "", "cards": [], "more": 0}
     if contents.subject:
         verb = "Trained on" if contents.run.config.steps else "Judged by"
-        photos["told"] = f"{verb} {counted(len(contents.subject), 'image')}:"
+        photos["intro"] = f"{verb} {counted(len(contents.subject), 'image')}:"
         photos["photos"] = [
             album.picture(path, f"training image {n}") for n, path in enumerate(contents.subject[:MAX_PHOTOS], 1)
         ]
@@ -141,7 +141,7 @@ def _pictures(contents: Contents, album: Album) -> list[Section]:
         found.append(Section("images", "Before and after", photos | {"note": note} | cards))
     if contents.sampled:
         note = "The same prompts and seeds at several steps, the base first."
-        before = {"photos": [], "told": "", "cards": []} if contents.evaluated else photos
+        before = {"photos": [], "intro": "", "cards": []} if contents.evaluated else photos
         found.append(Section("samples", "During training", before | {"note": note} | _cards(contents.sampled, album, {})))
     if not found and photos["photos"]:
         found.append(Section("images", "The subject", photos | {"note": ""}))
@@ -165,7 +165,7 @@ def _cards(grids: Sequence[Grid], album: Album, refused: Mapping[tuple[bool, str
 
 
 def _rows(grid: Grid) -> dict[str, Images]:
-    """The rows to show: all of a few, else the first and some evenly chosen up to the last."""
+    """Choose the rows to show: all of a few, else the first, the last, and evenly spaced ones between."""
     names = list(grid.rows)
     if len(names) > MAX_STEPS:
         names = [names[round(place * (len(names) - 1) / (MAX_STEPS - 1))] for place in range(MAX_STEPS)]
@@ -173,7 +173,7 @@ def _rows(grid: Grid) -> dict[str, Images]:
 
 
 def _refused(result: EvalResult | None) -> dict[tuple[bool, str, int], str]:
-    """Whether it is the base's, prompt and seed of an image that is left out of scores -> why."""
+    """Map (is it the base's, prompt, seed) of each image that is left out of scores to the reason."""
     found = {}
     for is_base, of in ((False, result), (True, result and result.base)):
         for reason in BAD_IMAGES if of else ():
@@ -187,7 +187,7 @@ def _refused(result: EvalResult | None) -> dict[tuple[bool, str, int], str]:
 
 
 def _curves(contents: Contents) -> dict[str, Any] | None:
-    """Charts of everything that metrics.jsonl logs; None where it logs nothing."""
+    """Return charts of everything that metrics.jsonl logs; None if it logs nothing."""
     rows, best = contents.curves, contents.best
     if not rows:
         return None
@@ -227,7 +227,7 @@ def _losses(rows: Sequence[Mapping[str, Any]]) -> list[Series]:
 
 
 def _cost(contents: Contents) -> dict[str, Any] | None:
-    """Time, speed, memory, parameters; None where nothing is known of them."""
+    """Return time, speed, memory and parameters; None if nothing is known."""
     cost = contents.cost
     stages = cost.seconds | {f"eval: {stage}": value for stage, value in contents.eval_cost.seconds.items()}
     total = sum(stages.values())
@@ -249,7 +249,7 @@ def _cost(contents: Contents) -> dict[str, Any] | None:
 
 
 def _drift(contents: Contents) -> dict[str, Any]:
-    """‖T - I‖_F where the method multiplies, ‖W' - W‖_F always; or why it is not known."""
+    """Return ‖T - I‖_F where the method multiplies, and ‖W' - W‖_F; or why they are unknown."""
     found = contents.drift
     if not found:
         return {"why_not": contents.why_no_drift}
@@ -312,7 +312,7 @@ def _layer_series(
 
 
 def _settings(contents: Contents) -> dict[str, Cells]:
-    """What differs from the defaults, everything else, and the provenance. Of paths only the name: the page may travel."""
+    """Return settings that differ from the defaults, the others, and the provenance. Paths are cut to their names."""
     config = contents.run.config
     given: list[Row] = []
     others: list[Row] = []
@@ -347,7 +347,7 @@ def shown(value: Any) -> str:
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested names with a dot between."""
+    """Return nested names joined by dots."""
     found: list[tuple[str, Any]] = []
     for name, value in content.items():
         found += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [(f"{prefix}{name}", value)]

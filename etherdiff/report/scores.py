@@ -1,4 +1,4 @@
-"""Scores with intervals, beside those of the base, of real images and of the paper; each prompt's; what was left out."""
+"""Scores with intervals, compared with the base, real images and the paper; scores of prompts; what is left out."""
 
 import json
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ SETS = {
     "uncontrolled_images": "without control",
     "real_images": "real images",
 }
-"""Sets of images that a controllable run is scored beside -> what they are called."""
+"""Set of images that a controllable run is compared with -> label."""
 HEADLINE = ("dino", "clip_i", "clip_t", "miou", "fid")
 BASELINES = {entry.baseline for entry in METRICS.values() if entry.baseline}
 MAX_LISTED = 50
-"""Entries of one kind that are named; the others are counted."""
+"""Maximum entries of one kind that are listed; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,24 @@ class ScoreRow:
 
 
 def score_title(name: str) -> str:
-    """Name a score, or a curve, for people."""
+    """Return the title of a score or a curve."""
     plain = name.removesuffix(HELD_OUT)
     return TITLES.get(plain, plain.replace("_", " ")) + (", held-out images" if name != plain else "")
 
 
 def headline(result: EvalResult | None) -> dict[str, str]:
-    """Find the scores that stand at the top of the page."""
+    """Return the scores at the top of the page."""
     scores = result.scores if result else {}
     return {score_title(name): score(scores[name].mean) for name in HEADLINE if name in scores}
 
 
 def left_out_count(result: EvalResult | None) -> int:
-    """Count the images and prompts that are in no score, or not in all."""
+    """Count the images and prompts that are left out of scores."""
     return sum(len(entries) for _, of in _both(result) for entries in of.left_out.values())
 
 
 def scores_view(contents: Contents) -> dict[str, Any]:
-    """What the template `scores` shows; without an evaluation, the command for one."""
+    """Return the values of the template `scores`; without an evaluation, the command for one."""
     result = contents.result
     if result is None:
         return {"command": program("eval", contents.run.path)}
@@ -79,7 +79,7 @@ def scores_view(contents: Contents) -> dict[str, Any]:
 
 
 def per_prompt(result: EvalResult | None) -> dict[str, Any] | None:
-    """A row per prompt; each score's cells are tinted between its lowest and its highest."""
+    """Return a row per prompt; the cells of a score are tinted between its lowest and its highest."""
     rows = result.per_prompt if result else []
     names = list(dict.fromkeys(name for row in rows for name in row.scores))
     if not names:
@@ -91,25 +91,25 @@ def per_prompt(result: EvalResult | None) -> dict[str, Any] | None:
 
 
 def per_class(result: EvalResult | None) -> list[Any]:
-    """A row per class of a segmentation map; none for any other run."""
+    """Return a row per class of a segmentation map; none for any other run."""
     rows = result.per_class if result else []
     return list(zip(rows, _tinted([row.iou for row in rows], (0.0, 1.0)), strict=True))
 
 
 def _both(result: EvalResult | None) -> list[tuple[str, SetScores]]:
-    """What is said of the run's images, and of the base's."""
+    """Return the results of the run's images and of the base's, with the suffix of their titles."""
     return [] if result is None else [("", result), *([(" (base)", result.base)] if result.base else [])]
 
 
 def _group_title(name: str) -> tuple[str, str]:
-    """A score's title and definition."""
+    """Return a score's title and definition."""
     entry = METRICS.get(name)
     better = "" if entry is None else "higher is better" if entry.higher_is_better else "lower is better"
     return score_title(name), f"{entry.definition}, {better}" if entry else ""
 
 
 def _rows(name: str, result: EvalResult, paper: dict[str, float], method: str) -> list[ScoreRow]:
-    """A score's part of the table: this run, the base, both to held-out images, real images; or the sets beside it."""
+    """Return a score's part of the table: this run, the base, both to held-out images, real images, further sets."""
     base = result.base.scores if result.base else {}
     baseline = (METRICS[name].baseline if name in METRICS else None) or ""
     candidates = {
@@ -130,20 +130,20 @@ def _rows(name: str, result: EvalResult, paper: dict[str, float], method: str) -
 
 
 def _note(result: EvalResult, has_paper: bool) -> str:
-    """What was scored, what the intervals are over, and whose setting the paper's numbers have."""
+    """Return what was scored, what the intervals are over, and the setting of the paper's numbers."""
     units = dict.fromkeys(str(one.interval["over"]) for one in result.scores.values() if "over" in one.interval)
-    told = [
+    sentences = [
         f"Scored: {result.run.checkpoint}, step {result.run.step}." if result.run.step is not None else "",
         f"An interval says how the score would move with other {' or '.join(units)}." if units else "",
         f"The paper's: {result.paper.scope}."
         if has_paper
         else "The paper's numbers stand here only where everything is as in the paper.",
     ]
-    return " ".join(text for text in told if text)
+    return " ".join(text for text in sentences if text)
 
 
 def _left_out(result: EvalResult) -> list[tuple[str, int, int, list[str], int]]:
-    """For each reason: how many of the run's and of the base's images, the first of them, how many more there are."""
+    """Return for each reason: the number of the run's and of the base's images, the first of them, the number of others."""
     own, base = result.left_out, result.base.left_out if result.base else {}
     found = []
     for reason in dict.fromkeys([*own, *base]):
@@ -155,7 +155,7 @@ def _left_out(result: EvalResult) -> list[tuple[str, int, int, list[str], int]]:
 
 
 def _identity(name: str, one: Score) -> tuple[str, str, str]:
-    """A score's title, what it is a mean of, and how it was computed."""
+    """Return a score's title, what it is a mean of, and how it was computed."""
     counts = [counted(one.n, "image"), *([counted(round(one.pairs), "pair")] if one.pairs is not None else [])]
     return score_title(name), ", ".join(counts), json.dumps(one.identity, indent=2, ensure_ascii=False)
 
@@ -166,7 +166,7 @@ def _range(values: Sequence[float | None]) -> Point:
 
 
 def _tinted(values: Sequence[float | None], low_high: Point) -> list[tuple[str, int]]:
-    """Each value as text, with its place between low and high in percent."""
+    """Return each value as text, with its place between low and high in percent."""
     low, high = low_high
     return [
         (score(value), 0 if value is None or high == low else round(100 * (value - low) / (high - low))) for value in values

@@ -1,1 +1,1 @@
-"""Tables and figures of many runs, made of their folders alone: nothing here trains or draws an image."""
+"""Tables and figures of many runs, from their folders alone: nothing here trains or draws an image."""

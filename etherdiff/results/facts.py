@@ -1,8 +1,7 @@
-"""What a run folder tells beside its scores: what was trained, what a step costs, how far the weights moved.
+"""Facts of a run apart from its scores: trained parameters, cost of a step, change of the weights.
 
-What is computed from weights takes seconds, and is kept in RUN/facts.json with the hashes of what it was computed from. A
-distance or an energy is a mean over the layers that the run's `targets` name, so that full fine-tuning is looked at where
-adapters are.
+Facts computed from weights take seconds. They are kept in RUN/facts.json, with the hashes of the files they are computed from.
+Distances and energies are means over the layers of the run's `targets`, so that full fine-tuning is comparable with adapters.
 """
 
 import json
@@ -40,21 +39,21 @@ class Fact:
 
     label: str
     of: Callable[[Run], float | None]
-    """None where the method has no such thing; UserError where it cannot be known, and why."""
+    """Function of the run; None where the method has no such thing. UserError, with the reason, where it is unknown."""
     keep: bool = True
-    """Whether it takes long enough to be kept."""
+    """Whether it is slow to compute, so that it is kept."""
     exact: bool = False
     """Whether it is counted rather than measured."""
     unit: float = 1
-    """What people read it in; CSV has it as it is."""
+    """Unit of the shown number; CSV has the plain number."""
     higher_is_better: bool | None = None
-    """None for what is neither good nor bad."""
+    """None if it is neither good nor bad."""
     scores: tuple[str, ...] = ()
-    """What it is made of, where that is scores."""
+    """Scores that it is computed from."""
 
 
 def fact(run: Run, name: str) -> float | None:
-    """A number of `FACTS`; None where the method has no such thing. UserError, with the reason, where it is not known."""
+    """Return a number of `FACTS`; None where the method has no such thing. UserError, with the reason, where it is unknown."""
     entry = FACTS[name]
     if not entry.keep:
         return entry.of(run)
@@ -62,13 +61,13 @@ def fact(run: Run, name: str) -> float | None:
     kept = _read_kept(path, of)
     if name not in kept:
         kept[name] = entry.of(run)
-        with suppress(OSError):  # a run folder that is only to be read: the next table computes it again
+        with suppress(OSError):  # the run folder is read-only: the next table computes it again
             write_json(path, {"of": of, "values": kept})
     return kept[name]
 
 
 def _read_kept(path: Path, of: Mapping[str, Any]) -> dict[str, float | None]:
-    """What was computed from the same files before; empty for anything else that the file may hold."""
+    """Read what was computed from the same files before; empty if the file holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return dict(content["values"]) if content["of"] == of else {}
@@ -77,13 +76,13 @@ def _read_kept(path: Path, of: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _computed_from(run: Run) -> dict[str, Any]:
-    """Hashes of all that a kept number depends on."""
+    """Return hashes of everything that a kept number depends on."""
     hashes = {folder.name: _result_hash(folder) for folder in run.adapters}
     return {"etherdiff": __version__, "run.yaml": file_hash(run.folder.settings), "results": hashes}
 
 
 def _result_hash(folder: Path) -> str:
-    """By the manifest, which holds the files' hashes; by the weights themselves where there is none."""
+    """Hash the manifest, which holds the files' hashes; the weights themselves if there is none."""
     manifest = manifest_of(folder)
     return file_hash(manifest if manifest.is_file() else folder / WEIGHTS)
 
@@ -92,7 +91,7 @@ def _result_hash(folder: Path) -> str:
 
 
 def _step_flops(run: Run) -> float | None:
-    """Of the UNet in one optimizer step, forward and backward, counted by torch on the architecture (see `use.flops`)."""
+    """Count the UNet's operations in one optimizer step, forward and backward (see `use.flops`)."""
     config = _trained(run)
     if config.method == "none":
         return None
@@ -121,7 +120,7 @@ def _pass_flops(
 
 
 def _seconds_per_step(run: Run) -> float:
-    """Of the last session's training, with what it evaluated and drew on the way; other programs slow it down."""
+    """Return the seconds of a step in the last session, including evaluation; other programs slow it down."""
     config = _trained(run)
     cost = run.cost
     if not cost.images_per_second or not cost.processes:
@@ -130,7 +129,7 @@ def _seconds_per_step(run: Run) -> float:
 
 
 def _validation_loss(run: Run) -> float:
-    """The last that was logged. Runs with the same images, seed and loss weights compare: all draw the same noise."""
+    """Return the last logged value. Runs with the same images, seed and loss weights draw the same noise: they compare."""
     logged = points(run.curves, "validation_loss")
     if not logged:
         raise UserError("it logged no validation loss")
@@ -139,7 +138,7 @@ def _validation_loss(run: Run) -> float:
 
 
 def _likeness_and_prompt(run: Run, likeness: str) -> float:
-    """√(DINO · CLIP-T), as `best/` is chosen by: DINO alone is high for a copy of the photos, CLIP-T alone for the base."""
+    """Return √(DINO · CLIP-T), which chooses `best/`: DINO alone is high for a copy, CLIP-T alone for the base."""
     if missing := [name for name in (likeness, "clip_t") if name not in run.scores]:
         raise UserError(f"it has no {' and no '.join(missing)}")
     return combined({"dino": run.scores[likeness].mean, "clip_t": run.scores["clip_t"].mean})
@@ -149,7 +148,7 @@ def _likeness_and_prompt(run: Run, likeness: str) -> float:
 
 
 def _transformation_distance(run: Run) -> float | None:
-    """Mean of ‖T − I‖_F over the layers' sides that are multiplied; None for methods that add."""
+    """Return the mean of ‖T − I‖_F over the layers' multiplied sides; None for methods that add."""
     if len(run.adapters) != 1 or read_adapter(run.folder.adapter).peft_type in (FULL, MAGNITUDE):
         return None
     drift = measure_drift(run).values()
@@ -158,7 +157,7 @@ def _transformation_distance(run: Run) -> float | None:
 
 
 def _weight_distance(run: Run) -> float:
-    """Mean of ‖W′ − W‖_F over the layers."""
+    """Return the mean of ‖W′ − W‖_F over the layers."""
     return _mean([layer.weight for layer in full_drift(*merged_weights(run)).values()])
 
 
@@ -180,13 +179,13 @@ FACTS: dict[str, Fact] = {
     "validation_loss": Fact("validation loss", _validation_loss, keep=False, higher_is_better=False),
     **{
         f"{likeness}_clip_t": Fact(
-            f"√(DINO · CLIP-T){told}",
+            f"√(DINO · CLIP-T){note}",
             partial(_likeness_and_prompt, likeness=likeness),
             keep=False,
             higher_is_better=True,
             scores=(likeness, "clip_t"),
         )
-        for likeness, told in (("dino", ""), (f"dino{HELD_OUT}", ", held-out images"))
+        for likeness, note in (("dino", ""), (f"dino{HELD_OUT}", ", held-out images"))
     },
     "transformation_distance": Fact("transformation distance ‖T − I‖", _transformation_distance),
     "weight_distance": Fact("weight distance ‖W′ − W‖", _weight_distance),
@@ -195,4 +194,4 @@ FACTS: dict[str, Fact] = {
         "half-space hyperspherical energy, relative change", lambda run: _energy_difference(run, True)
     ),
 }
-"""By the name of its column."""
+"""Name of the column -> fact."""

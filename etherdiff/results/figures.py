@@ -32,7 +32,7 @@ from etherdiff.results.keys import (
 )
 from etherdiff.results.pooling import Cell, pool_numbers
 from etherdiff.results.runs import Collection, LeftOut, collect
-from etherdiff.results.tables import Numbers, lost_of
+from etherdiff.results.tables import Numbers, left_out_runs
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import staged_file
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 STEP = "step"
-"""The x of what was logged while training."""
+"""The x of values logged while training."""
 NOT_LOGGED = ("step", "learning_rate")
 
 
@@ -50,11 +50,11 @@ class Line:
     """One line of one panel."""
 
     values: tuple[str, ...]
-    """Of the lines' keys."""
+    """Values of the lines' keys."""
     points: list[tuple[float, Cell]]
-    """x and number, by rising x."""
+    """x and number, in order of x."""
     diverged: list[float]
-    """The x at which a run's loss or weights became NaN or infinite."""
+    """x of runs whose loss or weights became NaN or infinite."""
     paper: PaperValue | None = None
 
     @property
@@ -72,7 +72,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """Everything that is drawn, and what the reader is told beside."""
+    """Everything that is drawn, and the notes."""
 
     x: str
     panels: list[Panel]
@@ -126,12 +126,12 @@ def _panel(of: Quantity, collection: Collection, numbers: Numbers, options: Plot
 
 
 def _diverged(collection: Collection, values: tuple[Value, ...], options: PlotOptions) -> list[float]:
-    lost = [one.run for one in lost_of(collection, options.lines, values) if one.diverged and one.run]
+    lost = [one.run for one in left_out_runs(collection, options.lines, values) if one.diverged and one.run]
     return sorted({at for run in lost if (at := _number(value_of(run, options.x))) is not None})
 
 
 def _over_steps(paths: Sequence[Path], options: PlotOptions) -> Figure:
-    """Means over the runs of a line at each step that was logged; a long curve is thinned to neighbours' means."""
+    """Average the runs of a line at each logged step; thin long curves to the means of neighbours."""
     collection = collect(paths, scored=False)
     runs = collection.runs
     logged = dict.fromkeys(name for run in runs for row in run.curves for name in row if name not in NOT_LOGGED)
@@ -186,7 +186,7 @@ COLOURS = {
     "purple": "#CC79A7",
 }
 DIVERGED, PAPER = "_diverged", "_paper"
-"""Labels that no legend shows by itself."""
+"""Labels that matplotlib leaves out of the legend."""
 DASHES: dict[str, Any] = {
     "solid": "-",
     "dashed": (0, (6, 2)),
@@ -197,13 +197,13 @@ PAPER_DASHES: Any = (0, (5, 4))
 OTHER_COLOURS = ("blue", "vermilion", "green", "orange", "purple", "sky", "black", "grey")
 OTHER_MARKERS = ("o", "s", "^", "D", "v", "P", "<", "X", ">", "*")
 PANEL = (4.8, 3.5)
-"""Inches."""
+"""Width and height of a panel in inches."""
 LEGEND_ROW = 0.24
 MAX_ACROSS = 3
 ENTRIES_ACROSS = 3
-"""Of the legend, below each panel."""
+"""Entries of the legend below each panel."""
 MANY_POINTS = 25
-"""From here on an interval is a band rather than bars."""
+"""Minimum number of points for a band instead of error bars."""
 DECADES_FOR_LOG = 1.3
 SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -219,7 +219,7 @@ SETTINGS: dict[Any, Any] = {
 
 
 def check_output(path: Path) -> None:
-    """UserError where a figure cannot be written there."""
+    """Raise UserError if a figure cannot be written there."""
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"--output {path}: must end in {' or '.join(FORMATS)}")
     if not path.absolute().parent.is_dir():
@@ -257,7 +257,7 @@ def _write(canvas: Any, output: Path) -> None:
 
 
 def _styles(lines: Sequence[Values]) -> dict[Values, Style]:
-    """Of each line. The first key has the colour (a method its own), the others together have marker and dashes."""
+    """Return each line's style. The first key has the colour (a method its own), the others marker and dashes."""
     firsts = list(dict.fromkeys(first for first, *_ in lines))
     rests = list(dict.fromkeys(tuple(rest) for _, *rest in lines))
     known = label_styles()
@@ -287,7 +287,7 @@ def _draw_panel(ax: "Axes", figure: Figure, panel: Panel, styles: Mapping[Values
 
 
 def _mark_diverged(ax: "Axes", panel: Panel, styles: Mapping[Values, Style]) -> None:
-    """A cross at the panel's foot for each line and x at which runs diverged, one above another: there is no number to draw."""
+    """Draw a cross at the panel's foot for each line and x at which runs diverged, one above another."""
     stacked: dict[float, int] = {}
     for line in panel.lines:
         for x in line.diverged:
@@ -312,7 +312,7 @@ def _mark_diverged(ax: "Axes", panel: Panel, styles: Mapping[Values, Style]) -> 
 
 
 def _draw_line(ax: "Axes", line: Line, style: Style, unit: float) -> None:
-    """Bars where there are few points, a band where there are many."""
+    """Draw error bars where there are few points, a band where there are many."""
     known = [
         (x, cell.low / unit, cell.high / unit) for x, cell in line.points if cell.low is not None and cell.high is not None
     ]
@@ -347,7 +347,7 @@ def _spans_decades(values: Sequence[float]) -> bool:
 
 
 def _draw_legend(canvas: Any, axes: Sequence["Axes"], across: int) -> None:
-    """Below all panels: an entry for each line, and for what else was drawn."""
+    """Draw below all panels an entry for each line, for diverged runs and for the paper."""
     from matplotlib.lines import Line2D
 
     found: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""A table as rich text, Markdown, HTML and CSV. The first three are for people; CSV has every digit and every run's number."""
+"""A table as rich text, Markdown, HTML or CSV. CSV has all digits and every run's number, the others are for reading."""
 
 import csv
 import io
@@ -25,13 +25,13 @@ from etherdiff.system.text import short
 
 FORMATS = ("text", "markdown", "csv", "html")
 FORMAT_OF = {".md": "markdown", ".csv": "csv", ".html": "html", ".htm": "html"}
-"""Ending of a file -> format."""
+"""Suffix of a file -> format."""
 WIDTH = 240
-"""Characters of a line of text that does not go to a terminal."""
+"""Characters in a line of text that is not printed on a terminal."""
 
 
 def find_format(name: str | None, output: Path | None) -> str:
-    """The format asked for, or that of the file's ending, or text. UserError where it is none."""
+    """Return the format asked for, or that of the file's suffix, or text. UserError where it is unknown."""
     if name is None:
         return FORMAT_OF.get(output.suffix.lower(), "text") if output is not None else "text"
     if name not in FORMATS:
@@ -40,7 +40,7 @@ def find_format(name: str | None, output: Path | None) -> str:
 
 
 def show(table: Table, written: str, output: Path | None) -> None:
-    """Print a table in one of `FORMATS`, or write it. What CSV has no place for, a person reads on stderr."""
+    """Print a table in one of `FORMATS`, or write it. What CSV has no place for is printed on stderr."""
     if written == "text":
         text = _plain(as_text(table)) if output is not None else ""
     else:
@@ -65,22 +65,22 @@ def _plain(content: Group) -> str:
 
 
 def as_text(table: Table) -> Group:
-    """For a terminal; the best value of a column is bold, and an interval stands below its mean."""
+    """Return a table for the terminal: best values are bold, and an interval is below its mean."""
     grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     head = _head(table)
     for number, name in enumerate(head):
         grid.add_column(Text(name), justify="left" if number < len(table.keys) else "right", overflow="fold")
     for row in table.rows:
-        style = "dim" if row.beside else ""
+        style = "dim" if row.reference else ""
         cells = [(text.replace(" [", "\n[").replace(" (", "\n("), is_best) for text, is_best in _cells(table, row)]
         grid.add_row(*(Text(text, style="bold" if is_best else style) for text, is_best in cells))
-        if row.beside and row is [one for one in table.rows if one.beside][-1]:
+        if row.reference and row is [one for one in table.rows if one.reference][-1]:
             grid.add_section()
     return Group(grid, *(Text(remark) for remark in notes(table)))
 
 
 def as_markdown(table: Table) -> str:
-    """For a README or an issue."""
+    """Return a Markdown table."""
     head = _head(table)
     lines = [head, ["---" if number < len(table.keys) else "---:" for number in range(len(head))]]
     for row in table.rows:
@@ -90,21 +90,21 @@ def as_markdown(table: Table) -> str:
 
 
 def as_html(table: Table) -> str:
-    """A page of its own: no script, nothing fetched, whatever names hold is text."""
+    """Return a page of its own: no script, nothing is fetched, and every name is escaped."""
     return render(
         "table.html.j2",
         title=f"Runs by {', '.join(table.keys)}",
         head=_head(table),
-        rows=[(_cells(table, row), bool(row.beside)) for row in table.rows],
+        rows=[(_cells(table, row), bool(row.reference)) for row in table.rows],
         remarks=table.remarks,
         left_out=left_out_notes(table.left_out),
     )
 
 
 def as_csv(table: Table) -> str:
-    """Full precision; per column its mean, interval, what that is over, the paper's number and, by run, the single numbers.
+    """Return CSV in full precision: per column mean, interval, its unit, the paper's number and every run's number.
 
-    A run that is left out has a line of its own with the reason.
+    A run that is left out has its own line with the reason.
     """
     fields = [*table.keys, "row", "runs", "subjects", "seeds", "left_out", "why_left_out", "run_names"]
     if table.best:
@@ -123,12 +123,12 @@ def as_csv(table: Table) -> str:
 
 
 def notes(table: Table) -> list[str]:
-    """Everything below a table."""
+    """Return everything below a table."""
     return [*table.remarks, *left_out_notes(table.left_out)]
 
 
 def left_out_notes(left_out: Sequence[LeftOut]) -> list[str]:
-    """All runs that are in no number, a line for each reason."""
+    """Return a line for each reason, with the runs that are left out for it."""
     names: dict[str, list[str]] = {}
     for one in left_out:
         names.setdefault(one.why, []).append(one.name)
@@ -154,12 +154,12 @@ def _paper_head(table: Table, column: Quantity) -> str:
 
 
 def _cells(table: Table, row: TableRow) -> list[tuple[str, bool]]:
-    """The texts of a row, each with whether it is the best of its column."""
-    names = [row.beside, *("" for _ in table.keys[1:])] if row.beside else [shown(value) for value in row.values]
+    """Return the texts of a row, each with whether it is the best of its column."""
+    names = [row.reference, *("" for _ in table.keys[1:])] if row.reference else [shown(value) for value in row.values]
     cells = [(name, False) for name in names]
-    cells.append(("" if row.beside else described(row.runs) + (f", {row.left_out} left out" if row.left_out else ""), False))
+    cells.append(("" if row.reference else described(row.runs) + (f", {row.left_out} left out" if row.left_out else ""), False))
     if table.best:
-        cells += [("", False)] * 2 if row.beside else [(shown(row.best), False), (_plateau_text(row), False)]
+        cells += [("", False)] * 2 if row.reference else [(shown(row.best), False), (_plateau_text(row), False)]
     for column in table.columns:
         cell = row.cells.get(column.name)
         cells.append((_cell_text(column, cell), table.is_best(row, column.name)))
@@ -201,7 +201,7 @@ def _paper_text(paper: PaperValue | None) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Text that is neither a cell's end nor emphasis nor markup."""
+    """Escape what would end a cell, be emphasis or be markup."""
     for sign in "\\|*_<`":
         text = text.replace(sign, f"\\{sign}")
     return text.replace("\n", " ")
@@ -209,8 +209,8 @@ def _markdown(text: str) -> str:
 
 def _csv_row(table: Table, row: TableRow) -> dict[str, object]:
     found: dict[str, object] = dict(zip(table.keys, row.values, strict=True))
-    found |= {"row": row.beside or "runs", "left_out": row.left_out}
-    if not row.beside:
+    found |= {"row": row.reference or "runs", "left_out": row.left_out}
+    if not row.reference:
         seeds = {getattr(run.config, "seed", None) for run in row.runs}
         found |= {"runs": len(row.runs), "subjects": len({run.subject_name for run in row.runs}), "seeds": len(seeds)}
         found["run_names"] = _listed([run.name for run in row.runs])

@@ -17,11 +17,11 @@ NEUTRAL = frozenset(
     {"output", "overwrite", "dry_run", "data_root", "captions", "tracker", "device", "checkpoint_every", "keep"}
     | {"eval_every", "eval_scores", "sample_every", "sample_prompts", "sample_count", "gradient_checkpointing", "skip_bad"}
 )
-"""Where a run lies and what is recorded of it: keys that its result does not depend on."""
+"""Keys that the result does not depend on: the place of a run, and what it records."""
 REPEATED = frozenset({"seed", "subject", "class_noun"})
-"""What runs of one row may differ in: their scores are averaged over it."""
+"""Keys that may differ within a row: scores are averaged over them."""
 Value = Any
-"""Of a key: text, a number, a truth value or None."""
+"""Value of a key: text, a number, a boolean or None."""
 
 
 _SPECIAL: dict[str, Callable[[Run], Value]] = {
@@ -38,7 +38,7 @@ _SPECIAL: dict[str, Callable[[Run], Value]] = {
 
 
 def value_of(run: Run, key: str) -> Value:
-    """The value of a key; None where the run has no such key, or none is set."""
+    """Return the value of a key; None where the run has no such key, or none is set."""
     if key in _SPECIAL:
         return _SPECIAL[key](run)
     value = getattr(run.config, key, None)
@@ -46,7 +46,7 @@ def value_of(run: Run, key: str) -> Value:
 
 
 def check_keys(keys: Sequence[str], runs: Sequence[Run], option: str) -> list[str]:
-    """What is wrong with the keys given with an option, a sentence each."""
+    """Return what is wrong with the keys of an option, a sentence each."""
     known = {*_SPECIAL, *(name for run in runs for name in type(run.config).model_fields)}
     found = []
     for key in keys:
@@ -60,7 +60,7 @@ def check_keys(keys: Sequence[str], runs: Sequence[Run], option: str) -> list[st
 
 
 def shown(value: Value) -> str:
-    """A value as a table tells it."""
+    """Write a value for a table."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -69,7 +69,7 @@ def shown(value: Value) -> str:
 
 
 def group(runs: Sequence[Run], keys: Sequence[str]) -> dict[tuple[Value, ...], list[Run]]:
-    """Runs by their values of the keys, in an order that a reader expects: methods as in the paper, numbers by size."""
+    """Group runs by their values of the keys; methods in the paper's order, numbers by size."""
     found: dict[tuple[Value, ...], list[Run]] = {}
     for run in runs:
         found.setdefault(tuple(_hashable(value_of(run, key)) for key in keys), []).append(run)
@@ -77,13 +77,13 @@ def group(runs: Sequence[Run], keys: Sequence[str]) -> dict[tuple[Value, ...], l
 
 
 def refuse_mixtures(groups: Mapping[tuple[Value, ...], Sequence[Run]], keys: Sequence[str], option: str) -> None:
-    """UserError where runs would be averaged that differ in more than seed and subject, or are the same run twice."""
+    """Raise UserError if runs to average differ in more than seed and subject, or are the same run twice."""
     problems = []
     for values, runs in groups.items():
         name = " ".join(shown(value) for value in values)
         if differing := _differing(runs, keys):
-            told = "; ".join(f"{key}: {', '.join(texts)}" for key, texts in differing.items())
-            problems.append(f"the runs of {name!r} differ in {told}: name what tells them apart in --{option}")
+            differences = "; ".join(f"{key}: {', '.join(texts)}" for key, texts in differing.items())
+            problems.append(f"the runs of {name!r} differ in {differences}: name what tells them apart in --{option}")
             continue
         seen: dict[tuple[Value, ...], str] = {}
         for run in runs:
@@ -96,7 +96,7 @@ def refuse_mixtures(groups: Mapping[tuple[Value, ...], Sequence[Run]], keys: Seq
 
 
 def _differing(runs: Sequence[Run], keys: Sequence[str]) -> dict[str, list[str]]:
-    """Key -> the values that it has among the runs, where there are several and the key is none of those given."""
+    """Return the keys with several values among the runs, except `keys`, each with its values."""
     fields = dict.fromkeys(name for run in runs for name in type(run.config).model_fields)
     compared = [name for name in ("task", *fields) if name not in NEUTRAL | REPEATED | {*keys}]
     found = {}
@@ -113,7 +113,7 @@ def _hashable(value: Value) -> Value:
 
 
 def _short_path(value: Any) -> str:
-    """A path's last part; any other name as it is."""
+    """Return a path's last part; any other name as it is."""
     text = str(value)
     return Path(text).name if Path(text).is_absolute() else text
 
@@ -131,24 +131,24 @@ def _order(value: Value) -> tuple[int, float, str]:
 
 
 SUBJECT_COLUMNS = ("trainable_parameters", "dino", "dino_held_out", "clip_i", "clip_t", "lpips_to_real")
-"""Of the paper's Table 2; and the score that does not reward copying."""
+"""Columns of the paper's Table 2, and the score that does not reward copying."""
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """One quantity."""
+    """A column of a table, or a panel of a figure."""
 
     name: str
     label: str
     is_score: bool
     higher_is_better: bool | None
-    """None for what is neither good nor bad."""
+    """None if it is neither good nor bad."""
     unit: float = 1
-    """What people read it in."""
+    """Unit of the shown number."""
 
 
 def column(name: str) -> Quantity:
-    """The quantity of a name that `column_problems` has nothing against."""
+    """Return the quantity of a valid name (see `column_problems`)."""
     if name in FACTS:
         entry = FACTS[name]
         return Quantity(name, entry.label, False, entry.higher_is_better, entry.unit)
@@ -157,18 +157,18 @@ def column(name: str) -> Quantity:
 
 
 def is_score(name: str) -> bool:
-    """Whether a name is that of a score, against held-out images or not."""
+    """Say whether a name is that of a score, against held-out images or not."""
     return name.removesuffix(HELD_OUT) in METRICS
 
 
 def scores_behind(names: Sequence[str]) -> list[str]:
-    """The scores that columns are, or are made of."""
+    """Return the scores that columns show or are computed from."""
     found = [FACTS[name].scores if name in FACTS else (name,) for name in names]
     return list(dict.fromkeys(score for scores in found for score in scores))
 
 
 def column_problems(names: Sequence[str], option: str) -> list[str]:
-    """What is wrong with the names given with an option, a sentence each."""
+    """Return what is wrong with the names of an option, a sentence each."""
     known = [*METRICS, *FACTS]
     found = []
     for name in names:
@@ -182,7 +182,7 @@ def column_problems(names: Sequence[str], option: str) -> list[str]:
 
 
 def usual_columns(runs: Sequence[Run]) -> list[str]:
-    """The paper's columns for the runs' task: those of its scores that any run has."""
+    """Return the paper's columns for the runs' task, if any run has the score."""
     signals = dict.fromkeys(str(getattr(run.config, "signal", "")) for run in runs)
     if runs[0].task == "s2i":
         wanted = ["trainable_parameters", *(name for signal in signals for name in CONTROL_METRICS.get(signal, ()))]

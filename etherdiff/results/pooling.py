@@ -1,4 +1,4 @@
-"""From the runs of one row to one number with an interval, and over what range of a setting a score stays good.
+"""Pool the runs of a row into one number with an interval; find the range of a setting with good scores.
 
 - Several subjects: the seeds of each are averaged first, then `combine_subjects` pools them. Subjects are resampled (prompts,
   where there are too few subjects). The interval covers other subjects.
@@ -20,22 +20,22 @@ from etherdiff.runs.run import Run
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a row."""
+    """A number in a row."""
 
     mean: float
     low: float | None
     high: float | None
-    """The interval of 95%; None where there is none."""
+    """Ends of the 95% interval; None if there is none."""
     over: str
-    """What the interval is over, counted: "6 subjects", "3 seeds"; empty without one."""
+    """Number and kind of the interval's units: "6 subjects", "3 seeds"; empty without an interval."""
     values: dict[str, float]
-    """Run -> its own number."""
+    """Run -> number."""
     differs: bool = False
-    """Whether some of it was computed otherwise than the rest of the table."""
+    """Whether a part was computed differently from the rest of the table."""
 
 
 class Scored(NamedTuple):
-    """The scores of one run, or of what it was judged beside."""
+    """The scores of one run, or of its reference images."""
 
     run: str
     subject: str
@@ -43,12 +43,12 @@ class Scored(NamedTuple):
 
 
 def scored(runs: Sequence[Run]) -> list[Scored]:
-    """The runs that were scored, with their own scores."""
+    """Return the runs that were scored, with their own scores."""
     return [Scored(run.name, run.subject_name, run.result) for run in runs if run.result]
 
 
 def pool_scores(everything: Sequence[Scored], name: str) -> Cell | None:
-    """A score of the runs that have it; None where none has, or where it cannot be averaged (FID over subjects).
+    """Pool a score of the runs that have it; None where none has, or where it cannot be averaged (FID over subjects).
 
     The runs may differ in subject and seed only.
     """
@@ -75,9 +75,9 @@ def pool_scores(everything: Sequence[Scored], name: str) -> Cell | None:
 
 
 def pool_numbers(numbers: Mapping[str, tuple[str, float]]) -> Cell | None:
-    """Numbers that have no interval of their own: run -> subject, number. None of none.
+    """Pool numbers without intervals of their own: run -> subject, number. None if there is none.
 
-    Over subjects, each the mean of its seeds; else over seeds. No interval where all are equal, or subjects are too few.
+    Averaged over subjects (each the mean of its seeds), else over seeds. No interval if all are equal, or subjects are too few.
     """
     values = {run: number for run, (_, number) in numbers.items()}
     if not values:
@@ -96,7 +96,7 @@ def pool_numbers(numbers: Mapping[str, tuple[str, float]]) -> Cell | None:
 
 
 def t_interval(values: Sequence[float]) -> Interval | None:
-    """mean ± t · s / √n of independent values, t with n - 1 degrees of freedom; None for fewer than two."""
+    """Return mean ± t · s / √n of independent values, t with n - 1 degrees of freedom; None for fewer than two."""
     from scipy import stats
 
     count = len(values)
@@ -114,9 +114,9 @@ def _over_seeds(numbers: Sequence[float], values: dict[str, float]) -> Cell:
 
 
 def _averaged(results: Sequence[SetScores], name: str, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """A subject's runs as one result for `combine_subjects`: means over its seeds, of the subject and of each prompt.
+    """Return a subject's runs as one result for `combine_subjects`: means over its seeds, per subject and per prompt.
 
-    identity: that of the row's first run. Whether the others are alike is asked elsewhere, where the answer may be overruled.
+    identity: that of the row's first run; `check_identities` compares the others, unless `anyway`.
     """
     scores = [result.scores[name] for result in results]
     prompts: dict[str, list[PromptScore]] = {}
@@ -139,7 +139,7 @@ def _mean_of(scores: Sequence[Score | PromptScore]) -> dict[str, float]:
 
 
 def _own_cell(score: Score, values: dict[str, float]) -> Cell:
-    """A run's own interval; how many images or prompts it is over, where that is known."""
+    """Return a run's own interval, with the number of images or prompts if it is known."""
     unit = str(score.interval.get("over", ""))
     count = {"images": score.n, "prompts": dict(score.identity.get("prompts") or {}).get("n")}.get(unit)
     over = "" if score.low is None else unit if count is None else f"{count} {unit}"
@@ -154,23 +154,23 @@ def _counted(count: int, unit: str, low: float | None) -> str:
 
 
 SHARE = 0.9
-"""Of the best score that has to be kept, unless another is asked for."""
+"""Default share of the best score that is good enough."""
 
 
 @dataclass(frozen=True)
 class Plateau:
-    """Where a score is good enough, around its best."""
+    """A range of a setting in which a score is good enough."""
 
     low: float
     high: float
-    """The ends of the range."""
+    """Ends of the range."""
     open_low: bool
     open_high: bool
-    """Whether the score was still good enough at the end of what was tried."""
+    """Whether the score was still good enough at the last tried setting."""
 
     @property
     def decades(self) -> float:
-        """log₁₀ of high / low; at least that, where an end is open."""
+        """log₁₀ of high / low; a lower bound if an end is open."""
         return math.log10(self.high / self.low)
 
     @property
@@ -181,17 +181,17 @@ class Plateau:
 def find_plateau(
     points: Sequence[tuple[float, float | None]], higher_is_better: bool = True, share: float = SHARE
 ) -> Plateau | None:
-    """The range around the best score in which the score stays good enough without a break.
+    """Find the unbroken range around the best score in which the score stays good enough.
 
-    Good enough is `share` of the best or more; for scores of which lower is better, the best over `share` or less. Between two
-    settings that were tried the score is taken to run straight over the logarithm of the setting.
+    Good enough is `share` of the best or more; if lower is better, the best over `share` or less. Between two tried settings
+    the score is interpolated linearly over the logarithm of the setting.
 
     Args:
-        points: setting (> 0) and score, by rising setting; None where the run failed, so that there is no score: the range ends
-            at the setting before, since nothing is known of what lies between.
+        points: setting (> 0) and score, in order of the setting; None where the run failed: the range ends at the setting
+            before, since the score between is unknown.
 
     Returns:
-        None where there is no score, or the best is not above 0, of which no share can be taken.
+        None if there is no score, or the best is not above 0.
     """
     known = [(at, score) for at, score in points if score is not None]
     if not known:
@@ -207,7 +207,7 @@ def find_plateau(
 
 
 def _end(points: Sequence[tuple[float, float | None]], limit: float, higher_is_better: bool) -> tuple[float, bool]:
-    """How far it is good enough from the first point on, which is; and whether that is the last that was tried."""
+    """Return where the score, good enough at the first point, stops being so; and whether that is the last point."""
     (at, score), *others = points
     assert score is not None
     for further, other in others:

@@ -1,4 +1,4 @@
-"""Which run folders there are to read, and which of them cannot be: those are named, with the reason, never passed over."""
+"""Find the run folders to read. A run that cannot be used is listed with the reason, never skipped silently."""
 
 import json
 import os
@@ -13,33 +13,33 @@ from etherdiff.system.errors import UserError
 from etherdiff.system.text import program
 
 PARTS = ("run.yaml", "metrics.jsonl", "checkpoints", "adapter", "control_encoder")
-"""What shows that a folder is, or was, a run's."""
+"""Contents that identify the folder of a run."""
 STATES = "states"
-"""Folder of a sweep: states/NAME.json describes runs/NAME."""
+"""Folder in a sweep: states/NAME.json describes runs/NAME."""
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A run that is in no number."""
+    """A run that is in no number of a table or figure."""
 
     name: str
     why: str
     run: Run | None = None
-    """The run, where its settings can be read."""
+    """The run, if its settings can be read."""
     diverged: bool = False
     """Whether its loss or its weights became NaN or infinite."""
 
 
 @dataclass(frozen=True)
 class Collection:
-    """What a table or a figure is made of."""
+    """The runs of a table or a figure."""
 
     runs: list[Run]
     left_out: list[LeftOut]
 
 
 def collect(paths: Sequence[Path], scored: bool = True) -> Collection:
-    """Read every run in the given folders, each of which is a run or holds some at any depth.
+    """Read every run in the given folders. A folder is a run, or has runs at any depth.
 
     Args:
         scored: leave out what `etherdiff eval` has not scored.
@@ -92,7 +92,7 @@ def _have_one_subject(one: Run, other: Run) -> bool:
 
 
 def _read_all(path: Path, scored: bool) -> Iterator[tuple[Path, Run | LeftOut]]:
-    """Real path of each run in a folder -> what was read; also of the runs that a sweep says failed before they began."""
+    """Yield each run's real path and what was read; also runs that a sweep recorded as failed before they began."""
     for place, folders, _ in os.walk(path):
         folder = Path(place)
         if _looks_like_a_run(folder):
@@ -126,14 +126,14 @@ def read_run(path: Path, scored: bool) -> Run | LeftOut:
 
 
 def _why_unscored(run: Run) -> str:
-    """A run that has not finished has to go on before it can be scored."""
+    """Return why a run has no scores; an unfinished run must be resumed first."""
     if any(result.is_dir() for result in run.results):
         return f"{run.path} has not been scored: {program('eval', run.path)}"
     return f"it has not finished: {program('resume', run.path)}"
 
 
 def _damage(run: Run) -> str | None:
-    """Why a result must not be used."""
+    """Return why a result must not be used."""
     try:
         judged = run.result.run if run.result else None
     except UserError as error:
@@ -145,7 +145,7 @@ def _damage(run: Run) -> str | None:
 
 
 def _read_failure(path: Path) -> str | None:
-    """What the sweep that a run belongs to recorded of its failure."""
+    """Read the failure that the run's sweep recorded."""
     try:
         state = json.loads((path.parent.parent / STATES / f"{path.name}.json").read_text(encoding="utf-8"))
         return f"it failed: {_last_line(state.get('error'))}" if state.get("status") == "failed" else None

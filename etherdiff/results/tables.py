@@ -1,4 +1,4 @@
-"""`etherdiff table`: rows of runs, columns of scores and facts, the paper's numbers beside, and what a reader has to know."""
+"""`etherdiff table`: rows of runs, columns of scores and facts, the paper's numbers, and notes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -37,29 +37,29 @@ class TableRow:
     """Runs that are averaged."""
 
     values: tuple[Value, ...]
-    """Of the rows' keys."""
+    """Values of the rows' keys."""
     runs: list[Run]
     cells: dict[str, Cell]
-    """Quantity -> number; without those that are not known."""
+    """Quantity -> number; unknown ones are left out."""
     paper: dict[str, PaperValue] = field(default_factory=dict)
     left_out: int = 0
-    """Runs of the same values that could not be read."""
+    """Number of runs with the same values that are left out."""
     best: Value = None
-    """Where the best value of a key is looked for: that value."""
+    """Best value of the key of `--best`."""
     plateau: Plateau | None = None
-    """None where it cannot be said."""
-    beside: str = ""
-    """What it is instead of a row of runs: real images, or the base."""
+    """Range of good values around the best; None if unknown."""
+    reference: str = ""
+    """Label of a reference row (real images, the base); empty for runs."""
 
     @property
     def over(self) -> str:
-        """What the intervals of its scores are over."""
+        """Units of the intervals of its scores."""
         return "; ".join(dict.fromkeys(cell.over for name, cell in self.cells.items() if is_score(name) and cell.over))
 
 
 @dataclass(frozen=True)
 class Table:
-    """Everything that the formats write."""
+    """The content of a table, whatever its format."""
 
     keys: tuple[str, ...]
     columns: list[Quantity]
@@ -68,14 +68,14 @@ class Table:
     left_out: list[LeftOut]
     best: str | None = None
     shows_paper: frozenset[str] = frozenset()
-    """Columns that the paper's numbers stand beside."""
+    """Columns with numbers of the paper."""
 
     def is_best(self, row: TableRow, name: str) -> bool:
-        """Whether no run's row has a better score in the column."""
+        """Say whether no other row of runs has a better score in the column."""
         higher = column(name).higher_is_better
-        if row.beside or name not in row.cells or higher is None:
+        if row.reference or name not in row.cells or higher is None:
             return False
-        means = [other.cells[name].mean for other in self.rows if not other.beside and name in other.cells]
+        means = [other.cells[name].mean for other in self.rows if not other.reference and name in other.cells]
         return len(means) > 1 and row.cells[name].mean == (max if higher else min)(means)
 
 
@@ -107,14 +107,14 @@ def make_table(paths: Sequence[Path], options: TableOptions) -> Table:
             _best_row(values, of, names, options.best, judged[0], numbers, collection, options) for values, of in groups.items()
         ]
     shows_paper = frozenset(name for row in rows for name in row.paper)
-    rows = [*_beside(runs, names, numbers, options, shows_paper), *rows]
+    rows = [*_reference_rows(runs, names, numbers, options, shows_paper), *rows]
     remarks = [*_remarks(rows, judged, options, runs), *numbers.remarks()]
     columns = [column(name) for name in names]
     return Table(options.rows, columns, rows, remarks, collection.left_out, options.best, shows_paper)
 
 
 def _refuse_keys(collection: Collection, options: TableOptions) -> None:
-    """UserError where rows or `best` are no keys of these runs, or these are of several tasks."""
+    """Raise UserError if rows or `best` are not keys of these runs, or the runs are of several tasks."""
     runs = collection.runs
     problems = check_keys(options.rows, runs, "rows")
     if not options.rows:
@@ -128,14 +128,14 @@ def _refuse_keys(collection: Collection, options: TableOptions) -> None:
     elif options.share is not None:
         problems.append("--share: it is of the best, so say with --best of which key")
     if len(tasks := {run.task: run for run in runs}) > 1:
-        told = " and ".join(f"{run.folder.path} ({task})" for task, run in tasks.items())
-        problems.append(f"a table is of one task, but there are {told}: give the folders of one of them")
+        examples = " and ".join(f"{run.folder.path} ({task})" for task, run in tasks.items())
+        problems.append(f"a table is of one task, but there are {examples}: give the folders of one of them")
     if problems:
         raise UserError(problems)
 
 
 def setting_problems(key: str, runs: Sequence[Run]) -> list[str]:
-    """What keeps a key from being one of which decades can be counted."""
+    """Return why decades of a key cannot be counted."""
     wrong = [shown(value) for run in runs if not _is_positive(value := value_of(run, key))]
     return [f"--best {key}: needs numbers above 0, not {wrong[0]}"] if wrong else []
 
@@ -145,7 +145,7 @@ def _is_positive(value: Any) -> bool:
 
 
 class Numbers:
-    """Cells of runs, and what is to be said of the numbers that are missing."""
+    """Cells of runs, and notes about missing numbers."""
 
     def __init__(self, checked: Checked) -> None:
         self.checked = checked
@@ -153,14 +153,14 @@ class Numbers:
         self._facts: dict[tuple[Path, str], float | None] = {}
 
     def compute_facts(self, runs: Sequence[Run], names: Sequence[str]) -> None:
-        """Every fact of every run, with a progress bar where that takes long."""
+        """Compute every fact of every run, with a progress bar where that takes long."""
         slow = [name for name in names if name in FACTS and FACTS[name].keep]
         for run in track(runs, ", ".join(slow).replace("_", " ")) if slow else ():
             for name in slow:
                 self._fact(run, name)
 
     def cell(self, runs: Sequence[Run], name: str) -> Cell | None:
-        """A column's number for runs that are averaged."""
+        """Return a column's number for runs that are averaged."""
         cell = self._fact_cell(runs, name) if name in FACTS else self._score_cell(runs, name)
         return cell and replace(cell, differs=any(self.checked.is_otherwise(runs, score) for score in scores_behind([name])))
 
@@ -190,12 +190,12 @@ class Numbers:
         return self._facts[known]
 
     def _miss(self, name: str, whose: str) -> None:
-        told = self.missing.setdefault(name, [])
-        if whose not in told:
-            told.append(whose)
+        runs = self.missing.setdefault(name, [])
+        if whose not in runs:
+            runs.append(whose)
 
     def remarks(self) -> list[str]:
-        """A sentence for each column in which numbers are missing, and for what was computed otherwise."""
+        """Return a sentence for each column with missing numbers, and for what was computed differently."""
         missing = [f"no {name}: {'; '.join(of)}" for name, of in self.missing.items()]
         return [*missing, *(f"* {text}" for text in self.checked.sentences()), *self.checked.rounding]
 
@@ -214,11 +214,11 @@ def _row(
 ) -> TableRow:
     cells = {name: cell for name in names if (cell := numbers.cell(runs, name)) is not None}
     paper = {name: value for name in names if options.paper and (value := paper_of(runs, name)) is not None}
-    return TableRow(values, runs, cells, paper, len(lost_of(collection, options.rows, values)), *best)
+    return TableRow(values, runs, cells, paper, len(left_out_runs(collection, options.rows, values)), *best)
 
 
-def lost_of(collection: Collection, keys: Sequence[str], values: tuple[Value, ...]) -> list[LeftOut]:
-    """The runs left out that have these values."""
+def left_out_runs(collection: Collection, keys: Sequence[str], values: tuple[Value, ...]) -> list[LeftOut]:
+    """Return the runs that are left out and have these values."""
     known = [one for one in collection.left_out if one.run is not None]
     return [one for one in known if one.run and tuple(value_of(one.run, key) for key in keys) == values]
 
@@ -233,9 +233,9 @@ def _best_row(
     collection: Collection,
     options: TableOptions,
 ) -> TableRow:
-    """The runs of the setting that is best `by` a column; a setting at which a run diverged counts as failed."""
+    """Return the runs of the setting with the best value of column `by`; a setting with a diverged run counts as failed."""
     by_setting = {setting: of for (setting,), of in group(runs, (key,)).items()}
-    lost = lost_of(collection, options.rows, values)
+    lost = left_out_runs(collection, options.rows, values)
     failed = {value_of(one.run, key) for one in lost if one.diverged and one.run}
     pooled = {s: pool_scores(scored(of), by) if is_score(by) else numbers.cell(of, by) for s, of in by_setting.items()}
     found = {setting: cell.mean for setting, cell in pooled.items() if cell is not None and setting not in failed}
@@ -248,10 +248,10 @@ def _best_row(
     return _row(values, by_setting[best], names, numbers, collection, options, (best, plateau))
 
 
-def _beside(
+def _reference_rows(
     runs: Sequence[Run], names: Sequence[str], numbers: Numbers, options: TableOptions, shows_paper: frozenset[str]
 ) -> list[TableRow]:
-    """Rows of what the runs were judged beside: real images, and the base. Of each subject its first run tells."""
+    """Return the rows of real images and of the base, by the first run of each subject."""
     if "subject" in options.rows:
         return []
     firsts = list({run.subject_name: run for run in reversed(runs)}.values())[::-1]
@@ -259,17 +259,17 @@ def _beside(
     for title, result_of in (("real images", _real_scores), ("the base", _base_scores)):
         is_real = title == "real images"
         known = [Scored(run.name, run.subject_name, scores) for run in firsts if (scores := result_of(run))]
-        columns = {name: _score_beside(name) if is_real else name for name in names if name not in FACTS}
+        columns = {name: _reference_score(name) if is_real else name for name in names if name not in FACTS}
         cells = {name: cell for name, score in columns.items() if (cell := pool_scores(known, score)) is not None}
         if not cells or len(known) < len(firsts):
             continue
         paper = {name: value for name in shows_paper if is_real and (value := paper_of_real_images(firsts, name))}
-        found.append(TableRow(("",) * len(options.rows), firsts, cells, paper, beside=title))
+        found.append(TableRow(("",) * len(options.rows), firsts, cells, paper, reference=title))
     return found
 
 
-def _score_beside(name: str) -> str:
-    """The name under which a score among real images is kept."""
+def _reference_score(name: str) -> str:
+    """Return the name under which a score among real images is kept."""
     return METRICS[name].baseline or name if name in METRICS else name
 
 
@@ -279,7 +279,7 @@ def _base_scores(run: Run) -> SetScores | None:
 
 
 def _real_scores(run: Run) -> SetScores | None:
-    """The scores of real images: of a controllable run those of its maps' own, where they were asked for."""
+    """Return the scores of real images: for a controllable run those of its own maps, if they were asked for."""
     if run.result is None:
         return None
     if run.is_controlled:
@@ -289,14 +289,14 @@ def _real_scores(run: Run) -> SetScores | None:
     return run.result.model_copy(update={"scores": scores}) if scores else None
 
 
-# --- What a reader has to know ---------------------------------------------------------------------------------------
+# --- Notes ---------------------------------------------------------------------------------------
 
 
 def _remarks(rows: Sequence[TableRow], judged: Sequence[str], options: TableOptions, runs: Sequence[Run]) -> list[str]:
     remarks = [
         _of_best(options, judged[0]) if options.best else "",
-        _of_intervals([row for row in rows if not row.beside]),
-        _of_subjects([row for row in rows if not row.beside]),
+        _of_intervals([row for row in rows if not row.reference]),
+        _of_subjects([row for row in rows if not row.reference]),
         _of_paper(rows, runs[0].task),
     ]
     return [remark for remark in remarks if remark]
@@ -325,7 +325,7 @@ def _of_intervals(rows: Sequence[TableRow]) -> str:
 
 
 def _of_subjects(rows: Sequence[TableRow]) -> str:
-    """Rows that do not rest on the same subjects are not quite comparable."""
+    """Name the subjects that rows lack: such rows are not quite comparable."""
     everything = dict.fromkeys(run.subject_name for row in rows for run in row.runs)
     lacking = {
         " ".join(shown(value) for value in row.values): [
@@ -333,9 +333,9 @@ def _of_subjects(rows: Sequence[TableRow]) -> str:
         ]
         for row in rows
     }
-    told = [f"{name} is without {', '.join(subjects)}" for name, subjects in lacking.items() if subjects]
+    incomplete = [f"{name} is without {', '.join(subjects)}" for name, subjects in lacking.items() if subjects]
     are_averaged = any(len({run.subject_name for run in row.runs}) > 1 for row in rows)
-    return f"rows of different subjects: {'; '.join(told)}" if told and are_averaged else ""
+    return f"rows of different subjects: {'; '.join(incomplete)}" if incomplete and are_averaged else ""
 
 
 def _of_paper(rows: Sequence[TableRow], task: str) -> str:
@@ -350,7 +350,7 @@ def _of_paper(rows: Sequence[TableRow], task: str) -> str:
 
 
 def described(runs: Sequence[Run]) -> str:
-    """How many runs, and of what: "12 (6 subjects × 2 seeds)"."""
+    """Count runs, subjects and seeds: "12 (6 subjects × 2 seeds)"."""
     subjects = {run.subject_name for run in runs}
     seeds = len(runs) // len(subjects)
     if len(runs) == 1 or len(subjects) == 1:

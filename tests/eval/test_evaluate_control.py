@@ -22,10 +22,10 @@ from etherdiff.control.datasets import ControlDataset, Pair
 from etherdiff.control.signals.canny import Canny
 from etherdiff.control.signals.landmarks import Landmarks, NoFaceError
 from etherdiff.control.signals.segmentation import Palette, Segmentation
-from etherdiff.eval import judges, readback
+from etherdiff.eval import control_scores, judges
 from etherdiff.eval.compare import as_markdown, cell, compare
+from etherdiff.eval.control_scores import ReadBack, ReadLandmarks, find_readback
 from etherdiff.eval.evaluate import evaluate, plan_evaluation, render
-from etherdiff.eval.readback import ReadBack, ReadLandmarks, find_readback
 from etherdiff.images.reading import read_image
 from etherdiff.images.writing import read_png_settings
 from etherdiff.report import show_report
@@ -334,8 +334,8 @@ def test_with_a_network_of_the_tiny_world(run, tmp_path, monkeypatch):
 def test_edges_are_held_against_the_control(run, tmp_path, monkeypatch):
     """OpenCV need not be there: an edge is where the image is white."""
     white = lambda image, low, high: (np.asarray(image) > 127).all(-1)  # noqa: E731
-    monkeypatch.setattr(readback, "edges", white)
-    monkeypatch.setattr(readback, "_opencv", lambda: {"opencv": "none"})
+    monkeypatch.setattr(control_scores, "edges", white)
+    monkeypatch.setattr(control_scores, "_opencv", lambda: {"opencv": "none"})
     pairs = make_pairs(tmp_path / "data", 4)
     for pair in pairs:
         lines = np.zeros((SIDE, SIDE), np.uint8)
@@ -375,7 +375,7 @@ def test_landmarks_without_a_detector_are_not_scored_and_it_is_said_why(run, fac
 
 def test_landmarks_of_a_detector(run, faces, tmp_path, monkeypatch):
     (tmp_path / "face.task").write_bytes(b"model")
-    monkeypatch.setattr(readback.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(control_scores.importlib.util, "find_spec", lambda name: name)
     signal, seen = Landmarks(), []
 
     def detect(image, task_file):
@@ -384,16 +384,17 @@ def test_landmarks_of_a_detector(run, faces, tmp_path, monkeypatch):
             raise NoFaceError("mediapipe finds no face in it")
         return signal.target(faces[len(seen) - 1].control, SIDE) + np.array((1.0, 0.0))
 
-    monkeypatch.setattr(readback, "detect", detect)
+    monkeypatch.setattr(control_scores, "detect", detect)
     result = evaluated(run, options(metrics=("landmarks_error",), backbone=(f"landmarks={tmp_path / 'face.task'}",)))
     one = result["scores"]["landmarks_error"]
     eyes = [np.linalg.norm(np.subtract(*signal.target(faces[n].control, SIDE)[[36, 45]])) for n in (0, 2, 3)]
     assert (one["mean"], one["n"]) == (pytest.approx(np.mean(1 / np.array(eyes))), 3)
     assert [entry["seed"] for entry in result["left_out"]["no_face"]] == [1]
-    monkeypatch.setattr(readback, "detect", lambda *_: np.ones((478, 2)))
+    monkeypatch.setattr(control_scores, "detect", lambda *_: np.ones((478, 2)))
     other = evaluated(run, options(metrics=("landmarks_error",), backbone=(f"landmarks={tmp_path / 'face.task'}",)))
     assert "68 points, but 478" in other["not_scored"]["landmarks_error"]
-    monkeypatch.setattr(readback, "detect", lambda *_: (_ for _ in ()).throw(UserError("no face model: cannot work with it")))
+    failure = UserError("no face model: cannot work with it")
+    monkeypatch.setattr(control_scores, "detect", lambda *_: (_ for _ in ()).throw(failure))
     with pytest.raises(UserError, match="cannot work"):
         ReadLandmarks(tmp_path / "face.task").read([Image.new("RGB", (8, 8))], 8)
 

@@ -33,7 +33,7 @@ def sweep(tmp_path):
 
 
 def row(table, *values):
-    return next(one for one in table.rows if one.values == values and not one.beside)
+    return next(one for one in table.rows if one.values == values and not one.reference)
 
 
 def table_of(path, **options):
@@ -46,7 +46,7 @@ def lines(text):
 
 def test_a_row_is_a_mean_over_subjects(sweep):
     table = table_of(sweep)
-    assert [one.values for one in table.rows if not one.beside] == [("lora",), ("oft",), ("ether+",)]
+    assert [one.values for one in table.rows if not one.reference] == [("lora",), ("oft",), ("ether+",)]
     cell = row(table, "ether+").cells["dino"]
     assert (cell.mean, cell.over, len(cell.values)) == (pytest.approx(0.685), "6 subjects", 6)
     assert cell.low < 0.685 < cell.high
@@ -64,7 +64,7 @@ def test_the_best_of_a_column_is_marked_by_the_scores_own_direction(tmp_path):
 def test_the_papers_numbers_stand_beside_and_say_where_they_differ(sweep):
     table = table_of(sweep)
     assert row(table, "ether+").paper["dino"].value == PAPER_SUBJECTS["ether+"]["dino"]
-    assert [one.paper["dino"].value for one in table.rows if one.beside == "real images"] == [0.703]
+    assert [one.paper["dino"].value for one in table.rows if one.reference == "real images"] == [0.703]
     assert any("the base is not Stable Diffusion 1.5" in remark for remark in table.remarks)
     assert table_of(sweep, paper=False).shows_paper == frozenset()
 
@@ -100,7 +100,7 @@ def test_the_usual_columns_are_those_of_the_paper_that_are_there(sweep):
 
 def test_real_images_and_the_base_stand_above_and_are_never_the_best(sweep):
     table = table_of(sweep)
-    assert [one.beside for one in table.rows][:2] == ["real images", "the base"]
+    assert [one.reference for one in table.rows][:2] == ["real images", "the base"]
     real, base = table.rows[:2]
     assert (real.cells["dino"].mean, base.cells["dino"].mean) == (pytest.approx(0.8), pytest.approx(0.3))
     assert "clip_t" not in real.cells
@@ -130,7 +130,7 @@ def test_subjects_in_folders_of_one_name_are_two_subjects(tmp_path):
     table = table_of(tmp_path)
     assert row(table, "ether+").cells["dino"].mean == pytest.approx(0.6)
     by_subject = table_of(tmp_path, rows=("subject",))
-    assert [one.values for one in by_subject.rows if not one.beside] == [("/photos/ann/dog",), ("/photos/ben/dog",)]
+    assert [one.values for one in by_subject.rows if not one.reference] == [("/photos/ann/dog",), ("/photos/ben/dog",)]
 
 
 def test_datasets_in_folders_of_one_name_are_not_averaged(tmp_path):
