@@ -34,6 +34,7 @@ from etherdiff.system.text import listed
 K = TypeVar("K")
 FACTS = ("subject", "dataset", "method", "base_model", "checkpoint", "step")
 BASE = "the base"
+ADVICE = "score them in the same way (etherdiff eval), or pass --anyway to show them all, with differing scores marked"
 
 
 @dataclass
@@ -70,9 +71,9 @@ def compare(runs: Sequence[Path], anyway: bool = False) -> list[ComparedRun]:
     for column in columns[1:]:
         _note_differences(columns[0], column)
     first = columns[0].name
-    wrong = [f"{one.name} was not scored as {first} was: {text}" for one in columns for text in difference_messages(one)]
+    wrong = [f"{one.name} was scored differently from {first}: {text}" for one in columns for text in difference_messages(one)]
     if wrong and not anyway:
-        raise UserError([*wrong, "score them alike (etherdiff eval), or pass --anyway to see them beside each other, marked"])
+        raise UserError([*wrong, ADVICE])
     base = _shared_base(list(results.values()))
     return [base, *columns] if base else columns
 
@@ -146,7 +147,7 @@ def as_json(columns: Sequence[ComparedRun]) -> dict[str, Any]:
 
 def remarks(columns: Sequence[ComparedRun]) -> list[str]:
     """Return the notes below the table."""
-    lines = [f"* {column.name} was computed otherwise: {text}" for column in columns for text in difference_messages(column)]
+    lines = [f"* {column.name} was computed differently: {text}" for column in columns for text in difference_messages(column)]
     versions = [
         f"{c.name}: other versions, which may change the last digits: {', '.join(c.rounding)}" for c in columns if c.rounding
     ]
@@ -230,7 +231,7 @@ def _mixed_identities(name: str, results: Mapping[str, dict[str, Any]]) -> list[
     scored = _results_with(name, results).items()
     (first, one), *others = [(subject, result["scores"][name]["identity"]) for subject, result in scored]
     return [
-        f"{name}: {subject} was not scored as {first} was: {', '.join(found)} differ"
+        f"{name}: {subject} was scored differently from {first}: {', '.join(found)} differ"
         for subject, other in others
         if (found := differences(one, other, SUBJECTS_OWN))
     ]
@@ -289,7 +290,7 @@ class Checked:
         for difference, concerned in by_difference(self.otherwise).items():
             runs, scores = (list(dict.fromkeys(names)) for names in zip(*concerned, strict=True))
             verb = "was" if len(runs) == 1 else "were"
-            sentences.append(f"{listed(runs)} {verb} not scored as the first run was: {difference} ({', '.join(scores)})")
+            sentences.append(f"{listed(runs)} {verb} scored differently from the first run: {difference} ({', '.join(scores)})")
         return sentences
 
 
@@ -310,6 +311,5 @@ def check_identities(runs: Sequence[Run], scores: Sequence[str], anyway: bool) -
                 if text not in checked.rounding:
                     checked.rounding.append(text)
     if checked.otherwise and not anyway:
-        advice = "score them alike (etherdiff eval), or pass --anyway to see them together, marked"
-        raise UserError([*checked.sentences(), advice])
+        raise UserError([*checked.sentences(), ADVICE])
     return checked

@@ -132,11 +132,11 @@ def why_not_these(plan: EvalPlan, images: ImageSet) -> str | None:
         return None
     recorded = read_sets(plan.folder).get(images.name)
     if recorded is None:
-        return f"{place} holds images, and nothing says how they were made: pass --overwrite to draw them anew"
+        return f"{place} holds images, and nothing says how they were made: pass --overwrite to draw them again"
     found = named_differences(recorded, plan.settings(images), () if plan.missing(images.pictures) else (ROUNDING,))
     if not found:
         return None
-    return f"{place} holds images made with other settings ({'; '.join(found)}): pass --overwrite to draw them anew"
+    return f"{place} holds images made with other settings ({'; '.join(found)}): pass --overwrite to draw them again"
 
 
 def draw_missing(plan: EvalPlan, stale: Sequence[str], seconds: dict[str, float]) -> None:

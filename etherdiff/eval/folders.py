@@ -169,11 +169,11 @@ def load_from_folder(role: str, source: NetworkSource, device: str) -> Backbone:
 
 def _read_config(source: NetworkSource) -> Any:
     if not (source.folder / "config.json").is_file():  # transformers 4 guesses a model from the folder's name
-        raise UserError(f"{source.name} is no transformers model: it has no config.json")
+        raise UserError(f"{source.name} is not a transformers model: it has no config.json")
     try:
         return AutoConfig.from_pretrained(str(source.folder), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"{source.name} is no transformers model: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{source.name} is not a transformers model: {str(error).splitlines()[0]}") from error
 
 
 def _projected(output: Any) -> Tensor:
@@ -201,7 +201,9 @@ class Segmenter(FolderNetwork):
             self.feature += ", the first output left out"
         super().__init__(source, device)
         if self.preprocessing.crop is not None:
-            raise UserError(f"{source.name} cuts the middle out of an image, so it cannot judge a whole map")
+            raise UserError(
+                f"{source.name} crops the centre of an image, so it cannot score a whole map: name another segmenter"
+            )
 
     @torch.inference_mode()
     def segment(self, pixels: Pixels, resolution: int) -> Tensor:
@@ -249,13 +251,15 @@ def _outputs_before(source: NetworkSource, outputs: Sequence[str], classes: Sequ
     has_other = _plain(outputs[0]) in OTHER and _plain(classes[0]) != _plain(outputs[0])
     counts = f"{source.name} has {len(outputs)} classes (the first is {outputs[0]!r}), and the dataset {len(classes)}"
     if len(outputs) == len(classes) + 1 and _reduces_labels(source):
-        raise UserError(f"{counts}: its image processor takes 'other' out of maps, so it should have as many as the dataset")
+        raise UserError(
+            f"{counts}: its image processor removes 'other' from maps, so it must have as many classes as the dataset"
+        )
     if len(outputs) == len(classes) + 1 and has_other:
         return 1
     if len(outputs) != len(classes):
         raise UserError(f"{counts}: name a segmenter that was trained on this dataset's classes")
     if has_other:
-        raise UserError(f"{counts}: it counts 'other' as class 0 and so lacks one of the dataset's")
+        raise UserError(f"{counts}: it counts 'other' as class 0, so it lacks one of the dataset's classes")
     named, wanted = [_plain(name) for name in outputs], [_plain(name) for name in classes]
     if named != wanted and sorted(named) == sorted(wanted):
         raise UserError(f"{source.name} has the dataset's classes in another order")

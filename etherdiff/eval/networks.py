@@ -124,7 +124,7 @@ def read_preprocessing(folder: Path) -> Preprocessing:
             return from_processor(json.loads(nested.read_text(encoding="utf-8"))["image_processor"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: the image processor's configuration cannot be used ({error})") from error
-    raise UserError(f"{folder} has no preprocessor_config.json: without it nobody knows how its images are to be prepared")
+    raise UserError(f"{folder} has no preprocessor_config.json, which says how images are prepared")
 
 
 def from_processor(config: dict[str, Any]) -> Preprocessing:
@@ -340,7 +340,7 @@ def find_source(role: str, spec: str) -> NetworkSource:
     if folder.is_dir():
         return NetworkSource(folder.resolve().name, folder)
     if ":" in spec or "/" not in spec or spec.startswith((".", "/", "~")):
-        raise UserError(f"{spec} is neither a folder here nor a name that {role} knows")
+        raise UserError(f"{spec} is neither a local folder nor a name that {role} knows")
     repo, _, revision = spec.partition("@")
     path = _download(repo, revision or None)
     return NetworkSource(repo, path, path.name if path.parent.name == "snapshots" else revision)

@@ -25,6 +25,6 @@ def write_report(run: Path) -> Path:
 def show_report(run: Path) -> None:
     """Write the report and say where it is. If that fails, only warn: the scores are already written."""
     try:
-        say(f"all of it to look at: {write_report(run)}")
+        say(f"report: {write_report(run)}")
     except Exception as error:  # a damaged image, a font or the disk can raise anything
         warn(f"the report failed ({type(error).__name__}: {error})")

@@ -126,7 +126,7 @@ def expected_images(contents: Contents) -> int:
 def _pictures(contents: Contents, album: Album) -> list[Section]:
     photos: dict[str, Any] = {"photos": [], "intro": "", "cards": [], "more": 0}
     if contents.subject:
-        verb = "Trained on" if contents.run.config.steps else "Judged by"
+        verb = "Trained on" if contents.run.config.steps else "Scored with"
         photos["intro"] = f"{verb} {counted(len(contents.subject), 'image')}:"
         photos["photos"] = [
             album.picture(path, f"training image {n}") for n, path in enumerate(contents.subject[:MAX_PHOTOS], 1)

@@ -137,7 +137,7 @@ def _note(result: EvalResult, has_paper: bool) -> str:
         f"An interval says how the score would move with other {' or '.join(units)}." if units else "",
         f"The paper's: {result.paper.scope}."
         if has_paper
-        else "The paper's numbers stand here only where everything is as in the paper.",
+        else "The paper's numbers are shown only where everything is as in the paper.",
     ]
     return " ".join(text for text in sentences if text)
 

@@ -103,7 +103,7 @@ def make_figure(paths: Sequence[Path], options: PlotOptions) -> Figure:
 def _refuse_keys(runs: Sequence[Run], options: PlotOptions) -> None:
     problems = [*check_keys(options.lines, runs, "lines"), *check_keys((options.x,), runs, "x")]
     if options.x in options.lines:
-        problems.append(f"--x {options.x}: it tells the lines apart already (--lines)")
+        problems.append(f"--x {options.x}: it is one of --lines already")
     if not problems and (wrong := [run for run in runs if _number(value_of(run, options.x)) is None]):
         problems.append(f"--x {options.x}: needs numbers, not {shown(value_of(wrong[0], options.x))}")
     if len(tasks := sorted({run.task for run in runs})) > 1:

@@ -83,7 +83,7 @@ def refuse_mixtures(groups: Mapping[tuple[Value, ...], Sequence[Run]], keys: Seq
         name = " ".join(shown(value) for value in values)
         if differing := _differing(runs, keys):
             differences = "; ".join(f"{key}: {', '.join(texts)}" for key, texts in differing.items())
-            problems.append(f"the runs of {name!r} differ in {differences}: name what tells them apart in --{option}")
+            problems.append(f"the runs of {name!r} differ in {differences}: add what distinguishes them to --{option}")
             continue
         seen: dict[tuple[Value, ...], str] = {}
         for run in runs:

@@ -122,11 +122,11 @@ def _refuse_keys(collection: Collection, options: TableOptions) -> None:
     if options.best is not None:
         problems += check_keys((options.best,), runs, "best")
         if options.best in options.rows:
-            problems.append(f"--best {options.best}: it is what a row is made of already (--rows)")
+            problems.append(f"--best {options.best}: it is one of --rows already")
         if not problems:
             problems += setting_problems(options.best, runs)
     elif options.share is not None:
-        problems.append("--share: it is of the best, so say with --best of which key")
+        problems.append("--share: it applies to --best only; name a key with --best")
     if len(tasks := {run.task: run for run in runs}) > 1:
         examples = " and ".join(f"{run.folder.path} ({task})" for task, run in tasks.items())
         problems.append(f"a table is of one task, but there are {examples}: give the folders of one of them")
@@ -307,21 +307,21 @@ def _of_best(options: TableOptions, by: str) -> str:
     at_most = f"the row's own best / {options.share or SHARE:g} or less"
     good = at_least if column(by).higher_is_better else at_most
     return (
-        f"of each row, the runs with the best {options.best} by {by}, chosen on these very numbers; decades: the width "
-        f"around it in which {by} is {good} (straight lines over "
-        "the logarithm between values that were tried; ≥ where it still was at the end of what was tried)"
+        f"of each row, the runs with the best {options.best} by {by}, chosen by these same numbers; decades: the width "
+        f"around it in which {by} is {good} (linear over the "
+        "logarithm between the values that were tried; ≥ if it is still good at the last of them)"
     )
 
 
 def _of_intervals(rows: Sequence[TableRow]) -> str:
     meanings: dict[str, str] = {
-        "subjects": "over subjects: which are drawn again (bootstrap)",
-        "prompts": "over prompts: drawn again, of these subjects and trained adapters",
-        "images": "over images: drawn again, of these trained adapters",
-        "seeds": "over seeds: t interval of the trainings' scores",
+        "subjects": "over subjects, which are resampled (bootstrap)",
+        "prompts": "over prompts, resampled, of these subjects and trained adapters",
+        "images": "over images, resampled, of these trained adapters",
+        "seeds": "over seeds, by the t interval of the trainings' scores",
     }
     units = dict.fromkeys(unit for row in rows for unit in meanings if row.over.endswith(unit))
-    return f"[intervals] are of 95%, {'; '.join(meanings[unit] for unit in units)}" if units else ""
+    return f"[intervals] are 95% intervals {'; '.join(meanings[unit] for unit in units)}" if units else ""
 
 
 def _of_subjects(rows: Sequence[TableRow]) -> str:
@@ -345,7 +345,7 @@ def _of_paper(rows: Sequence[TableRow], task: str) -> str:
     reasons = list(
         dict.fromkeys(reason for value in values for reason in value.differs if not reason.startswith("the paper's:"))
     )
-    apart = f"; † no repetition of it: {'; '.join(reasons)}" if any(value.differs for value in values) else ""
+    apart = f"; † measured differently: {'; '.join(reasons)}" if any(value.differs for value in values) else ""
     return f"the paper's: {paper_scope(task)}{apart}"
 
 

@@ -370,7 +370,7 @@ def test_checkpoints_that_are_not_there_or_damaged(run, options):
 
 
 def test_networks_are_looked_for_before_anything_is_drawn(run, options):
-    assert "neither a folder here" in refused(run, options(backbone=("dino=./nothing",)))[0]
+    assert "neither a local folder" in refused(run, options(backbone=("dino=./nothing",)))[0]
     assert not (run / "eval").exists()
 
 

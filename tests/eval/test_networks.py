@@ -222,7 +222,7 @@ def test_everything_wrong_is_said_at_once(specs, networks, tmp_path, monkeypatch
         find_backbones(ROLES, "tiny", named, "cpu")
     told = str(raised.value)
     assert len(raised.value.problems) == 5
-    for part in ("sharpness", "needs a CLIP model", "no transformers model", "neither a folder", "'dino' is not part"):
+    for part in ("sharpness", "needs a CLIP model", "not a transformers model", "neither a local folder", "'dino' is not part"):
         assert part in told
     with pytest.raises(UserError, match="paper, tiny"):
         find_backbones(ROLES, "huge")

@@ -314,7 +314,7 @@ def test_five_subjects_are_drawn_again(subjects):
 def test_subjects_scored_by_other_networks_are_not_pooled(subjects):
     other = json.loads(json.dumps(subjects["two"]))
     other["scores"]["dino"]["identity"]["backbone"]["weights_sha256"] = "other"
-    with pytest.raises(UserError, match=r"dino: two was not scored as one was: backbone\.weights_sha256 differ"):
+    with pytest.raises(UserError, match=r"dino: two was scored differently from one: backbone\.weights_sha256 differ"):
         combine_subjects({"one": subjects["one"], "two": other})
     with pytest.raises(UserError, match="no subject"):
         combine_subjects({})

@@ -149,7 +149,7 @@ def test_ade20k_has_150_classes_and_class_0_is_the_wall(tmp_path):
     [
         (NAMES[:2], False, "2 classes .* and the dataset 3: name a segmenter"),
         ((*NAMES, "tree"), False, "4 classes .* and the dataset 3"),
-        (("other", *NAMES), True, "takes 'other' out of maps"),
+        (("other", *NAMES), True, "removes 'other' from maps"),
         (("background", *NAMES[:2]), False, "lacks one"),
         (("LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"), False, "4 classes"),
         (NAMES[::-1], False, "another order"),
@@ -168,14 +168,14 @@ def test_longer_names_of_the_same_classes_are_the_same(tmp_path):
 def test_what_does_not_segment_or_is_cut_is_refused(tmp_path, networks):
     with pytest.raises(UserError, match="does not segment"):
         load_segmenter(str(networks / "dino"), NAMES, "cpu")
-    with pytest.raises(UserError, match="no transformers model"):
+    with pytest.raises(UserError, match="not a transformers model"):
         load_segmenter(str(tmp_path), NAMES, "cpu")
-    with pytest.raises(UserError, match="neither a folder here"):
+    with pytest.raises(UserError, match="neither a local folder"):
         load_segmenter("./nowhere", NAMES, "cpu")
     folder = segformer(tmp_path / "model", NAMES)
     path = next((tmp_path / "model").glob("pre*processor_config.json"))
     path.write_text(json.dumps(json.loads(path.read_text()) | {"do_center_crop": True, "crop_size": {"height": 8, "width": 8}}))
-    with pytest.raises(UserError, match="cuts the middle out"):
+    with pytest.raises(UserError, match="crops the centre of an image"):
         load_segmenter(folder, NAMES, "cpu")
 
 

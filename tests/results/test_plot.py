@@ -81,7 +81,7 @@ def test_over_steps_what_was_logged_is_averaged(sweep):
 
 @pytest.mark.parametrize(("options", "said"), [
     ({"x": "learning_rte"}, "did you mean learning_rate"),
-    ({"x": "method"}, "tells the lines apart already"),
+    ({"x": "method"}, "it is one of --lines already"),
     ({"x": "subject"}, "--x subject: needs numbers, not ball"),
     ({"y": ("dina",)}, "--y dina: there is no such score or fact; did you mean dino?"),
     ({"y": ()}, "--y: name at least one"),

@@ -50,7 +50,7 @@ def test_a_row_is_a_mean_over_subjects(sweep):
     cell = row(table, "ether+").cells["dino"]
     assert (cell.mean, cell.over, len(cell.values)) == (pytest.approx(0.685), "6 subjects", 6)
     assert cell.low < 0.685 < cell.high
-    assert any("[intervals] are of 95%, over subjects" in remark for remark in table.remarks)
+    assert any("[intervals] are 95% intervals over subjects" in remark for remark in table.remarks)
 
 
 def test_the_best_of_a_column_is_marked_by_the_scores_own_direction(tmp_path):
@@ -113,7 +113,7 @@ def test_real_images_and_the_base_stand_above_and_are_never_the_best(sweep):
 
 def test_runs_that_differ_in_more_than_seed_and_subject_are_not_averaged(sweep):
     write_run(sweep / "runs/other", {"dino": 0.5}, method="oft", subject="ball", learning_rate=0.1)
-    with pytest.raises(UserError, match=r"'oft' differ in learning_rate: 0.006, 0.1: name what tells them apart in --rows"):
+    with pytest.raises(UserError, match=r"'oft' differ in learning_rate: 0.006, 0.1: add what distinguishes them to --rows"):
         table_of(sweep)
     assert len(table_of(sweep, rows=("method", "learning_rate")).rows) == 4 + 2
 
@@ -161,7 +161,7 @@ OTHERWISE = {"backbone/name": "facebook/dino-vitb8", "generation/steps": 50, "pr
 @pytest.mark.parametrize("path", OTHERWISE)
 def test_scores_that_were_computed_otherwise_are_refused_and_marked_anyway(sweep, path):
     change_result(sweep / "runs/oft-cup", lambda r: alter(r["scores"]["dino"]["identity"], path, OTHERWISE[path]))
-    with pytest.raises(UserError, match=f"not scored as the first run was: {path.replace('/', '.')}") as raised:
+    with pytest.raises(UserError, match=f"scored differently from the first run: {path.replace('/', '.')}") as raised:
         table_of(sweep)
     assert str(sweep / "runs/oft-cup") in str(raised.value)
     assert "--anyway" in str(raised.value)
@@ -193,10 +193,10 @@ def test_other_versions_of_libraries_are_only_told(sweep):
     ({"columns": ("dyno",)}, "--columns dyno: there is no such score or fact; did you mean dino?"),
     ({"columns": ("dino", "dino")}, "names a column twice"),
     ({"columns": ()}, "--columns: name at least one"),
-    ({"best": "method"}, "--best method: it is what a row is made of already"),
+    ({"best": "method"}, "--best method: it is one of --rows already"),
     ({"best": "subject"}, "--best subject: needs numbers above 0, not"),
     ({"best": "learning_rate", "columns": ("trainable_parameters",)}, "--best: needs a score among --columns"),
-    ({"share": 0.5}, "--share: it is of the best"),
+    ({"share": 0.5}, "--share: it applies to --best only"),
     ({"share": 1.5, "best": "learning_rate"}, "share: must be at most 1, not 1.5"),
 ])  # fmt: skip
 def test_what_is_asked_for_wrongly_is_refused(sweep, options, said):
@@ -229,7 +229,7 @@ def test_runs_left_out_are_counted_in_their_row_and_listed(sweep):
 def test_rows_of_one_subject_each_are_not_said_to_lack_others(sweep):
     remarks = table_of(sweep, rows=("method", "subject")).remarks
     assert not [remark for remark in remarks if "rows of different subjects" in remark]
-    assert "[intervals] are of 95%, over prompts: drawn again, of these subjects and trained adapters" in remarks
+    assert "[intervals] are 95% intervals over prompts, resampled, of these subjects and trained adapters" in remarks
 
 
 def test_a_score_that_some_runs_lack_is_told_with_the_reason(sweep):
@@ -321,7 +321,7 @@ def test_the_best_rate_can_be_that_of_likeness_and_prompt_together(tmp_path):
 
 def test_what_is_made_of_scores_is_refused_and_marked_as_they_are(sweep):
     change_result(sweep / "runs/oft-cup", lambda r: alter(r["scores"]["clip_t"]["identity"], "backbone/name", "another"))
-    with pytest.raises(UserError, match=r"not scored as the first run was: backbone\.name.*\(clip_t\)"):
+    with pytest.raises(UserError, match=r"scored differently from the first run: backbone\.name.*\(clip_t\)"):
         table_of(sweep, columns=("dino_clip_t",))
     table = table_of(sweep, columns=("dino", "dino_clip_t"), anyway=True)
     assert row(table, "oft").cells["dino_clip_t"].differs

@@ -89,7 +89,7 @@ def test_the_same_run_twice(tmp_path):
         ({"checkpoint": "first"}, "eval: checkpoint: must be last, best or step-N, not 'first'"),
         ({"prompts": "none.txt"}, "eval: "),
         ({"metrics": "fid"}, "eval: fid: 5 real and 25 generated images"),
-        ({"backbone": ["clip=./nowhere"]}, "eval: clip: ./nowhere is neither a folder here nor a name"),
+        ({"backbone": ["clip=./nowhere"]}, "eval: clip: ./nowhere is neither a local folder nor a name"),
     ],
 )
 def test_what_scoring_would_stumble_over(tmp_path, told, sentence):
