@@ -53,7 +53,7 @@ class Style(NamedTuple):
     place: int
     """Place in tables and legends: as in the paper's, the methods that it does not have next to similar ones."""
     colour: str
-    """One of `results.drawing.COLOURS`. Methods of one colour differ in marker and in dashes."""
+    """One of `results.figures.COLOURS`. Methods of one colour differ in marker and in dashes."""
     marker: str
     """As matplotlib names it."""
     dashes: str = "solid"

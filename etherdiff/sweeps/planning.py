@@ -169,8 +169,8 @@ class EvalCheck:
         if texts.value is None:
             return
         drawn = len(texts.value) * options.num
-        if "fid" in asked_metrics(options) and isinstance(config, DreamBoothConfig) and len(plan.images) != drawn:
-            problems.add(f"fid: {fid_problem(len(plan.images), drawn, 0)}")
+        if "fid" in asked_metrics(options) and isinstance(config, DreamBoothConfig) and len(plan.subject.images) != drawn:
+            problems.add(f"fid: {fid_problem(len(plan.subject.images), drawn, 0)}")
         problems.add(*self._network_problems(config.base == "tiny", config.base, options))
 
     def _check_control(
