@@ -9,7 +9,7 @@ from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
-from etherdiff.families.sd1 import COMPONENTS, WEIGHTS, Base
+from etherdiff.families.sd1 import BARE_CLIP, COMPONENTS, WEIGHTS, Base, check_weights
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import ASSETS, cache_dir, staged_file
 from etherdiff.system.hub import fetch
@@ -56,6 +56,8 @@ def find_base(name: str, prediction_type: str | None = None, parts: Parts = "wei
     else:
         base = Base(name, _download(ALIASES.get(name, name), parts), prediction_type=prediction_type)
     _check_family(base)
+    if name != "tiny" and Path(name).expanduser().is_dir():
+        check_weights(base)
     return base
 
 
@@ -92,6 +94,11 @@ def _check_family(base: Base) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"base {base.name}: its configuration cannot be read ({error}).") from error
     works = "etherdiff fine-tunes Stable Diffusion 1.x and 2.x, for instance --base sd15 or --base sd21."
+    if isinstance(family, list):  # [file, class]: the folder holds its own code
+        raise UserError(
+            f"base {base.name} is a {family[-1]}, a pipeline with code of its own (of etherdiff merge, of a controllable run): "
+            "its control encoder would be lost. Give the run's own base, or the run itself (etherdiff generate --run)."
+        )
     if family != "StableDiffusionPipeline":
         raise UserError(f"base {base.name} is {OTHER_FAMILIES.get(family, family)}. {works}")
     if channels != 4:
@@ -169,6 +176,7 @@ PARTS = {  # what a complete file has, by the keys that diffusers goes by
     "autoencoder": (f"{VAE}encoder.conv_in.weight",),
     "text encoder": (
         f"{CLIP}text_model.embeddings.position_embedding.weight",
+        f"{BARE_CLIP}embeddings.position_embedding.weight",
         f"{OPEN_CLIP}token_embedding.weight",
     ),
 }
@@ -191,7 +199,7 @@ def identify_single_file(path: str | Path) -> Literal["sd1", "sd2"]:
     what = _foreign(shapes)
     if what is not None:
         raise UserError(f"{path} is {what}; {SUPPORTED}.")
-    return "sd2" if PARTS["text encoder"][1] in shapes else "sd1"
+    return "sd2" if PARTS["text encoder"][-1] in shapes else "sd1"
 
 
 def _foreign(shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from safetensors import safe_open
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import save_tensors, unchanged_file_hash
@@ -99,6 +101,7 @@ def load_base(base: Base) -> StableDiffusion:
                 config=str(base.folder),
                 local_files_only=True,
                 safety_checker=None,
+                **_bare_text_encoder(base, base.single_file),
             ),
         )
         unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
@@ -110,6 +113,27 @@ def load_base(base: Base) -> StableDiffusion:
     for module in (unet, vae, text_encoder):
         module.requires_grad_(False).eval()
     return StableDiffusion(base, unet, vae, text_encoder, load_tokenizer(base), load_noise_scheduler(base))
+
+
+BARE_CLIP = "cond_stage_model.transformer."
+"""What precedes a text encoder's weights in single files that leave out `text_model.`, which diffusers does not read."""
+
+
+def _bare_text_encoder(base: Base, file: Path) -> dict[str, CLIPTextModel]:
+    """Return {"text_encoder": ...} where the file's keys lack `text_model.`; else nothing, as diffusers reads it."""
+    with safe_open(file, "pt") as tensors:
+        keys = [key for key in tensors.keys() if key.startswith(BARE_CLIP)]  # noqa: SIM118  no mapping
+        if not keys or any(key.startswith(BARE_CLIP + TEXT_PREFIX) for key in keys):
+            return {}
+        state = {key.removeprefix(BARE_CLIP): tensors.get_tensor(key).float() for key in keys}
+    model = CLIPTextModel(CLIPTextConfig.from_pretrained(base.folder / "text_encoder"))
+    prefix = TEXT_PREFIX if any(key.startswith(TEXT_PREFIX) for key in model.state_dict()) else ""
+    state = {prefix + key: value for key, value in state.items() if not key.endswith("position_ids")}
+    model.load_state_dict(state, strict=False)  # old releases of transformers have position_ids, which are constant
+    lacking = sorted(key for key in model.state_dict().keys() - state.keys() if not key.endswith("position_ids"))
+    if lacking:
+        raise ValueError(f"its text encoder lacks {', '.join(lacking[:3])}")
+    return {"text_encoder": model}
 
 
 def load_tokenizer(base: Base) -> CLIPTokenizer:
@@ -210,16 +234,22 @@ def variant_of(path: Path) -> str | None:
     return re.sub(r"-\d+-of-\d+$", "", middle[0]) if middle else None
 
 
-def _load(base: Base, cls: Any, component: str, **options: Any) -> Any:
-    files = weight_files(base, component)
-    if not files:
+def check_weights(base: Base, components: Sequence[str] = WEIGHTS) -> None:
+    """Raise UserError unless these components have weights that etherdiff reads; none is read."""
+    for component in components:
+        if weight_files(base, component):
+            continue
         pickles = sorted((base.folder / component).glob("*.bin"))
         why = "holds only pickled weights (.bin), which can run code when opened" if pickles else "holds no weights"
         raise UserError(
             f"base {base.name}: {component}/ {why}. etherdiff reads safetensors only; convert it with "
             "pipe = StableDiffusionPipeline.from_pretrained(…); pipe.save_pretrained(…, safe_serialization=True)."
         )
-    variant = variant_of(files[0])
+
+
+def _load(base: Base, cls: Any, component: str, **options: Any) -> Any:
+    check_weights(base, [component])
+    variant = variant_of(weight_files(base, component)[0])
     folder = str(base.folder)
     return _read(
         base,

@@ -1,5 +1,6 @@
 import filecmp
 import json
+import shutil
 
 import pytest
 import torch
@@ -7,7 +8,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusi
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from etherdiff.families.bases import ASSETS, find_base, shipped_config
+from etherdiff.families.bases import ASSETS, find_base, identify_single_file, shipped_config
+from etherdiff.families.sd1 import Base, load_base
+from etherdiff.families.single_file import original_state_dict
 from etherdiff.system.errors import UserError
 from etherdiff.system.terminal import console
 
@@ -139,3 +142,33 @@ def test_how_a_2x_single_file_is_read_is_said_with_what_2x_base_needs(tmp_path):
     with console.capture() as captured:
         assert find_base(str(file), "epsilon").prediction_type == "epsilon"
     assert captured.get() == ""
+
+
+@pytest.mark.parametrize("parts", ["configs", "weights"])
+def test_a_base_that_training_cannot_read_is_refused_before(parts, tmp_path):
+    folder = shutil.copytree(find_base("tiny").folder, tmp_path / "base")
+    (folder / "vae/diffusion_pytorch_model.safetensors").rename(folder / "vae/diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="vae/ holds only pickled weights"):
+        find_base(str(folder), parts=parts)
+
+
+def test_a_controllable_pipeline_is_no_base(tmp_path):
+    folder = shutil.copytree(find_base("tiny").folder, tmp_path / "merged")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = ["pipeline", "StableDiffusionS2IPipeline"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"StableDiffusionS2IPipeline.*Give the run's own base"):
+        find_base(str(folder))
+
+
+def test_text_keys_without_text_model_are_read(tmp_path):
+    model = load_base(find_base("tiny"))
+    state = original_state_dict(model.unet, model.vae, model.text_encoder)
+    file, old = tmp_path / "bare.safetensors", "cond_stage_model.transformer.text_model."
+    save_file({key.replace(old, old.removesuffix("text_model.")): value.contiguous() for key, value in state.items()}, file)
+    assert identify_single_file(file) == "sd1"
+    read = load_base(Base("bare", find_base("tiny").folder, file))
+    for name in ("unet", "vae", "text_encoder"):
+        ours, theirs = getattr(model, name).state_dict(), getattr(read, name).state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
