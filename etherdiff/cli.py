@@ -84,7 +84,10 @@ def command(
                 function(**mine, given={key: value for key, value in given.items() if value is not None})
                 return
             recipe, settings = expand_home(given.pop("recipe", None)), given.pop("settings", None) or []
-            function(**mine, options=c.read_config(models[0], recipe, settings, given))
+            options = c.read_config(models[0], recipe, settings, given)
+            if not reads_recipes:  # a run's plan says all that is wrong with it at once
+                _try_outputs(options)
+            function(**mine, options=options)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -92,6 +95,17 @@ def command(
         return function
 
     return decorate
+
+
+def _try_outputs(options: c.Options) -> None:
+    """UserError, before anything is loaded, where what a command is to write cannot be written."""
+    from etherdiff.system.files import why_not_writable
+
+    paths = {name: getattr(options, name, None) for name in ("output", "single_file")}
+    wrong = {name: why_not_writable(path) for name, path in paths.items() if path is not None}
+    problems = [f"{name}: {why}; choose another place" for name, why in wrong.items() if why]
+    if problems:
+        raise UserError(problems)
 
 
 def _parameter(name: str, annotation: Any) -> inspect.Parameter:

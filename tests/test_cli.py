@@ -1,6 +1,8 @@
 """The program as it is typed: help, refusals, and the way from photos to files that other tools read."""
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -229,6 +231,44 @@ def test_every_path_may_begin_with_the_home_folder(arguments, etherdiff_, monkey
     assert status == 2
     assert str(tmp_path / "none") in err.replace("\n", "")
     assert "~" not in err
+
+
+@pytest.mark.parametrize("place", ["file/x", "loop/x", "x" * 300])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--base", "tiny", "--prompt", "x"],
+        ["train-dreambooth", "--base", "tiny", "--subject", "candy_ball"],
+        ["perturb", "--base", "tiny", "--subject", "candy_ball"],
+        ["merge", "run"],
+        ["export", "run"],
+        ["table", "run"],
+        ["plot", "run", "--x", "step", "--y", "loss"],
+        ["sweep", "file.yaml"],
+        ["schema"],
+        ["demo"],
+    ],
+)
+def test_an_output_that_the_system_refuses_is_said_before_the_work(arguments, place, etherdiff_, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("loop").symlink_to("loop")
+    monkeypatch.setattr("etherdiff.run.load_base", None)  # nothing is loaded
+    status, _, err = etherdiff_(*arguments, "--output", place)
+    assert status == 2
+    assert "output" in err or place in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EROFS, errno.ELOOP])
+def test_what_the_system_refuses_on_the_way_is_one_line(number, etherdiff_, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number), "/some/place")
+
+    monkeypatch.setattr("etherdiff.run.resume", refuse)
+    status, _, err = etherdiff_("resume", "x")
+    assert (status, len(err.splitlines())) == (1, 1)
+    assert err.startswith(f"error: /some/place: {os.strerror(number)}. ")
 
 
 def test_a_refusal_from_the_shell(tmp_path):

@@ -52,6 +52,7 @@ def peak_memory() -> int:
 
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+REFUSED = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 CPU_ALLOCATION = ("can't allocate memory", "could not create a memory object", "std::bad_alloc")  # RuntimeErrors of torch's
 
 
@@ -78,11 +79,13 @@ def explained(run: Path, ways_to_save_memory: Sequence[str]) -> Iterator[None]:
 
 
 def machine_fault(error: Exception) -> str | None:
-    """Return what a command other than training says where memory or disk ran out; None where something else is wrong."""
+    """Return what is said where memory or disk ran out, or the system refused a path; None where something else is wrong."""
     if _is_out_of_memory(error):
         return "out of memory. Free some and start the command again; where it draws images, a smaller --batch-size takes less"
     if isinstance(error, SafetensorError):
         error = system_error(error)
+    if isinstance(error, OSError) and error.errno in REFUSED and error.filename:
+        return f"{error.filename}: {error.strerror}. Give another place, or change that one, and start the command again"
     if not isinstance(error, OSError) or error.errno not in DISK:
         return None
     return f"{error.filename or 'the disk'}: {error.strerror}. Make room there, or write elsewhere, and start the command again"

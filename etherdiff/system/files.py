@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import socket
+import stat
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -99,6 +101,28 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
         finally:
             shutil.rmtree(staged, ignore_errors=True)
     return folder
+
+
+def why_not_writable(path: Path) -> str | None:
+    """Return why a file or folder cannot be written there, None if it can: it is tried, and nothing is left."""
+    place = path.absolute()
+    while True:
+        try:
+            is_folder = stat.S_ISDIR(place.stat().st_mode)
+        except FileNotFoundError:
+            place = place.parent
+            continue
+        except OSError as error:
+            return f"{path} cannot be written: {error.strerror}"
+        if not is_folder and place == path.absolute():  # it is replaced as a whole
+            is_folder, place = True, place.parent
+        if not is_folder:
+            return f"{path} cannot be written: {place} is a file"
+        try:
+            tempfile.TemporaryFile(dir=place).close()
+        except OSError as error:
+            return f"{path} cannot be written: {place}: {error.strerror}"
+        return None
 
 
 def move_into_place(finished: Path, path: Path) -> None:

@@ -16,7 +16,7 @@ from etherdiff.families.bases import Parts, find_base
 from etherdiff.families.sd1 import Base, load_tokenizer
 from etherdiff.system.devices import device_problem, resolve_device
 from etherdiff.system.errors import Answer, Problems, UserError
-from etherdiff.system.files import data_root
+from etherdiff.system.files import cache_dir, data_root, why_not_writable
 from etherdiff.system.locks import LOCK
 from etherdiff.system.terminal import is_main_process, warn
 from etherdiff.system.text import program
@@ -89,6 +89,8 @@ def check_common(config: RunConfig, problems: Problems, name: str, resuming: boo
                 f"warmup_steps: the learning rate rises over {training.warmup_steps} steps, and the run has {training.steps}: "
                 "no step is trained after the warm-up"
             )
+    if why := why_not_writable(cache_dir()):
+        problems.add(f"the cache {why}; set ETHERDIFF_CACHE to a folder that can be written")
     output = config.output or Path("runs") / name
     if not resuming:
         problems.check(output_problems, output, config.overwrite)
@@ -186,6 +188,8 @@ def output_problems(output: Path, overwrite: bool) -> list[str]:
         return [f"output: {parent} is a file"]
     if not os.access(parent, os.W_OK | os.X_OK):
         return [f"output: {parent} is read-only; choose another folder"]
+    if why := why_not_writable(output):
+        return [f"output: {why}; choose another folder"]
     if output.is_dir() and any(path.name != LOCK for path in output.iterdir()):
         if not (output / "run.yaml").is_file():
             return [f"output: {output} holds something that is not a run; choose another folder"]

@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all, and the one place that writes them."""
 
 import ast
+import errno
 import hashlib
 import json
 
@@ -9,7 +10,7 @@ from small_runs import leftovers
 
 import etherdiff
 from etherdiff.system import files
-from etherdiff.system.files import digest, make_once, staged_file, staged_folder, write_json, write_text
+from etherdiff.system.files import digest, make_once, staged_file, staged_folder, why_not_writable, write_json, write_text
 
 # --- One place --------------------------------------------------------------------------------------------------------
 
@@ -147,3 +148,27 @@ def test_the_digest_is_the_one_that_caches_and_scores_were_made_with():
     text = json.dumps(["x", 1], sort_keys=True).encode()
     assert digest(["x", 1]) == hashlib.sha256(text).hexdigest()[:32]
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+
+
+@pytest.mark.parametrize("inside", ["new", "new/x", "file", "."])
+def test_a_place_that_can_be_written_is_tried_and_left_as_it_was(inside, tmp_path):
+    (tmp_path / "file").touch()
+    assert why_not_writable(tmp_path / inside) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("inside", "reason"), [("file/x", "Not a directory"), ("loop/x", "symbolic links"), ("x" * 300, "name too long")]
+)
+def test_a_place_that_cannot_be_written_is_said_with_the_systems_reason(inside, reason, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    assert reason in str(why_not_writable(tmp_path / inside))
+
+
+def test_a_folder_that_refuses_is_named(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    assert why_not_writable(tmp_path / "x") == f"{tmp_path / 'x'} cannot be written: {tmp_path}: Permission denied"
