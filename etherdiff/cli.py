@@ -113,12 +113,12 @@ def _parameter(name: str, annotation: Any) -> inspect.Parameter:
 
 
 def _panel_of(name: str, models: tuple[type[c.Options], ...]) -> str | None:
-    """A panel of its own for what only controllable runs have."""
+    """Return the panel of options that only controllable runs have; None for the other options."""
     return "Controllable runs" if name not in models[0].model_fields else None
 
 
 def _option(name: str, fields: list[Any], panel: str | None) -> Any:
-    """The option of a field, which several models may have with defaults of their own."""
+    """Make the option of a field, which several models may have with defaults of their own."""
     field, flag = fields[0], "--" + name.replace("_", "-")
     is_switch = field.annotation is bool
     if is_switch:
@@ -134,7 +134,7 @@ def _option(name: str, fields: list[Any], panel: str | None) -> Any:
 
 
 def _default_text(field: Any) -> str:
-    """Empty where there is none worth saying."""
+    """Return the default as the help shows it; empty where there is nothing to show."""
     if field.annotation is bool:
         return "on" if field.default else ""
     if field.is_required() or field.default in (None, "", ()):
@@ -143,7 +143,7 @@ def _default_text(field: Any) -> str:
 
 
 def _is_repeated(field: Any) -> bool:
-    """Whether an option is given once for each of its values, and not once with commas between them."""
+    """Return whether an option is repeated for each value, instead of one text with commas."""
     parts = (field.annotation, *get_args(field.annotation))
     return any(get_origin(part) is tuple for part in parts) and c.SPLIT_COMMAS not in field.metadata
 
@@ -161,7 +161,7 @@ def _metavar(field: Any) -> str | None:
 
 
 def _print(content: Any, as_json: bool, render: Callable[[Any], Any]) -> None:
-    """As JSON, or as a table for the terminal."""
+    """Print as JSON, or as a table for the terminal."""
     if as_json:
         typer.echo(json.dumps(content, indent=2))
         return
@@ -278,7 +278,7 @@ def eval_run(run: RunArgument, as_json: JsonOption = False, *, given: Mapping[st
 
 
 def _of_task(is_controlled: bool, run: Path, given: Mapping[str, Any]) -> c.EvalOptions:
-    """The options that were given. UserError where some are for runs of the other task, and not their defaults."""
+    """Return the options given. UserError where some are for runs of the other task, and not their defaults."""
     models: list[type[c.EvalOptions]] = [c.SubjectEvalOptions, c.ControlEvalOptions]
     tasks = ["train-dreambooth", "train-s2i"]
     model, other = models[is_controlled], models[not is_controlled]
@@ -322,7 +322,7 @@ def perturb(options: c.PerturbConfig) -> None:
 
 @command("table", JUDGE, c.TableOptions)
 def table(paths: PathsArgument, options: c.TableOptions) -> None:
-    """Scores and costs of many runs as a table with intervals, averaged over subjects and seeds, next to the paper's."""
+    """Show scores and costs of many runs as a table with intervals, averaged over subjects and seeds, next to the paper's."""
     from etherdiff.results import formats
     from etherdiff.results.tables import make_table
 
@@ -331,7 +331,7 @@ def table(paths: PathsArgument, options: c.TableOptions) -> None:
 
 @command("plot", JUDGE, c.PlotOptions)
 def plot(paths: PathsArgument, options: c.PlotOptions) -> None:
-    """Scores, drift or cost of many runs as a figure: lines with error bars over a setting, or over the steps of training."""
+    """Draw scores, drift or cost of many runs: lines with error bars over a setting, or over the steps of training."""
     from etherdiff.results.figures import check_output, draw_figure, make_figure
     from etherdiff.results.formats import left_out_notes
     from etherdiff.system.terminal import say, warn
@@ -444,7 +444,7 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
-    """Options of every command."""
+    """Take the options of every command."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Every command's options, each with its unit, default and bounds; and how they are read from recipes, --set and flags.
+"""Every command's options, each with its unit, default and bounds; they are read from recipes, --set and flags.
 
 The descriptions are the command line's help. Nothing heavy is imported: names that belong to a registry (metrics, networks)
 are checked where the registry is.
@@ -29,7 +29,7 @@ TARGET_NAMES: tuple[str, ...] = get_args(TargetName)
 NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, TypeError)  # all raised by PyYAML
 MAX_RECIPE_BYTES = 1_000_000
 PLAINER = {"Input should be": "must be", "greater than or equal to": "at least", "less than or equal to": "at most"}
-"""Words of pydantic -> ours."""
+"""pydantic's words -> plainer words."""
 GUIDE_CONTROL = "apply guidance to the control as well (drop the hint in the unconditional pass)"
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 T = TypeVar("T")
@@ -41,7 +41,7 @@ def _split_commas(value: Any) -> Any:
 
 
 def _within_seeds(first: Any, count: int) -> None:
-    """ValueError where a later image's seed would be too large. first: the first image's; None where that is wrong."""
+    """Raise ValueError where a later image's seed would be too large. first: the first image's; None where that is wrong."""
     if isinstance(first, int) and first + count > 2**63:
         raise ValueError(f"the last image's seed would be beyond 2^63: with {count} images the seed is at most {2**63 - count}")
 
@@ -54,7 +54,7 @@ PathOrName = Annotated[str, Path]
 
 
 class Options(BaseModel):
-    """What every command's options have in common."""
+    """Common base of every command's options."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -84,7 +84,7 @@ def _may_be_path(field: FieldInfo) -> bool:
 
 
 class AdapterConfig(Options):
-    """What every run folder has: an adapter of some method on a base."""
+    """Options of every run folder: an adapter of some method on a base."""
 
     base: PathOrName = Field("sd15", description="Stable Diffusion 1.x/2.x: sd15, sd21, tiny, hub id, folder or .safetensors")
     prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
@@ -97,7 +97,7 @@ class AdapterConfig(Options):
 
 
 class SubjectConfig(AdapterConfig):
-    """What every run has that is judged by how it draws a subject."""
+    """Options of every run that is judged by how it draws a subject."""
 
     subject: PathOrName = Field(description="folder of images, or a subject's name under the data root or in google/dreambooth")
     data_root: Path | None = Field(None, description="folder that holds dreambooth/NAME [default: $ETHERDIFF_DATA]")
@@ -113,7 +113,7 @@ class SubjectConfig(AdapterConfig):
 
 
 class TrainConfig(AdapterConfig):
-    """What every training task has."""
+    """Options of every training task."""
 
     rank: int | None = Field(None, ge=1, description="rank of lora (4), hra (8) and vera (256)")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping an input of the adapter's update")
@@ -192,7 +192,7 @@ class DreamBoothConfig(SubjectConfig, TrainConfig):
 
     @property
     def crops_per_image(self) -> int:
-        """How many windows of each image are encoded."""
+        """Number of windows of each image that are encoded."""
         return self.cached_crops if self.crop == "random" else 1
 
 
@@ -250,15 +250,15 @@ class PerturbConfig(SubjectConfig):
 
 
 RunConfig: TypeAlias = TrainConfig | PerturbConfig
-"""What a run folder's run.yaml holds."""
+"""Configuration in a run folder's run.yaml."""
 TASK_CONFIGS: dict[str, type[RunConfig]] = {"dreambooth": DreamBoothConfig, "s2i": S2IConfig, "perturb": PerturbConfig}
-"""By the task's name in run.yaml."""
+"""Task's name in run.yaml -> options."""
 
 # --- The other commands ----------------------------------------------------------------------------------------------
 
 
 class ResumeOptions(Options):
-    """How a run goes on."""
+    """Options of resuming a run."""
 
     steps: int | None = Field(None, ge=1, description="continue up to this many optimizer steps in all")
     on_nan: Literal["stop", "skip"] | None = Field(
@@ -267,7 +267,7 @@ class ResumeOptions(Options):
 
 
 class GenerateOptions(Options):
-    """What to draw, with what, and how."""
+    """Options of drawing images."""
 
     output: Path = Field(description="folder for the images")
     run: Path | None = Field(None, description="run folder: its base and its adapter")
@@ -306,7 +306,7 @@ class GenerateOptions(Options):
 
 
 class EvalOptions(Options):
-    """How to score a run of any task."""
+    """Options of scoring a run of any task."""
 
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the first image of a prompt or set; each further image adds 1")
     batch_size: int = Field(4, ge=1, description="images drawn at once")
@@ -335,7 +335,7 @@ class EvalOptions(Options):
 
 
 class SubjectEvalOptions(EvalOptions):
-    """How to score a run by how it draws a subject."""
+    """Options of scoring a run by how it draws a subject."""
 
     steps: int = Field(25, ge=1, description="denoising steps")
     prompts: Path | None = Field(
@@ -354,7 +354,7 @@ class SubjectEvalOptions(EvalOptions):
 
 
 class ControlEvalOptions(EvalOptions):
-    """How to score a controllable run."""
+    """Options of scoring a controllable run."""
 
     steps: int = Field(50, ge=1, description="denoising steps")
     num_maps: int | None = Field(
@@ -372,25 +372,25 @@ EVAL_OPTIONS: dict[str, type[EvalOptions]] = {
     "s2i": ControlEvalOptions,
     "perturb": SubjectEvalOptions,
 }
-"""By the task's name in run.yaml."""
+"""Task's name in run.yaml -> options."""
 
 
 class CompareOptions(Options):
-    """Which scores may stand in one table."""
+    """Options of comparing scores."""
 
     anyway: bool = Field(False, description="also show scores that were not computed the same way, marked")
     markdown: bool = Field(False, description="print a Markdown table")
 
 
 class ResultOptions(Options):
-    """What tables and figures have in common."""
+    """Common options of tables and figures."""
 
     paper: bool = Field(True, description="show the paper's numbers next to ours")
     anyway: bool = Field(False, description="also show scores that were not computed the same way, marked")
 
 
 class TableOptions(ResultOptions):
-    """What a table shows."""
+    """Options of a table."""
 
     rows: Listed[tuple[str, ...]] = Field(
         ("method",), description="a row for each value of these: configuration keys, or subject; separated by commas"
@@ -411,7 +411,7 @@ class TableOptions(ResultOptions):
 
 
 class PlotOptions(ResultOptions):
-    """What a figure shows."""
+    """Options of a figure."""
 
     x: str = Field(description="a configuration key with numbers, such as learning_rate; or step")
     y: tuple[str, ...] = Field(description="a score or a fact; repeat for a panel each")
@@ -421,7 +421,7 @@ class PlotOptions(ResultOptions):
 
 
 class MergeOptions(Options):
-    """What to write of a run as a pipeline."""
+    """Options of writing a run as a pipeline."""
 
     output: Path = Field(description="folder for the pipeline; must be empty or not exist")
     scale: float = Field(1.0, ge=-100, le=100, description="multiplies the adapter's update")
@@ -430,7 +430,7 @@ class MergeOptions(Options):
 
 
 class ExportOptions(Options):
-    """What to write of a run's adapter for another tool."""
+    """Options of writing a run's adapter for another tool."""
 
     output: Path = Field(description="file (.safetensors) or folder to write")
     format: Literal["kohya", "lora", "peft"] = Field(
@@ -442,7 +442,7 @@ class ExportOptions(Options):
 
 
 class InspectOptions(Options):
-    """Which methods to count, on which base, at which size."""
+    """Options of counting methods on a base."""
 
     base: PathOrName = Field("sd15", description="sd15, sd21, tiny, hub id, folder or .safetensors; its weights are not read")
     task: Literal["dreambooth", "s2i"] = Field("dreambooth", description="dreambooth or s2i: decides the default targets")
@@ -459,7 +459,7 @@ class InspectOptions(Options):
 
 
 class CheckOptions(Options):
-    """How to read a dataset."""
+    """Options of checking a dataset."""
 
     data_root: Path | None = Field(None, description="folder that holds the datasets by name [default: $ETHERDIFF_DATA]")
     signal: SignalName | None = Field(
@@ -472,7 +472,7 @@ class CheckOptions(Options):
 
 
 class DemoOptions(Options):
-    """Where the demo works."""
+    """Options of the demo."""
 
     output: Path = Field(Path("demo"), description="folder for everything the demo makes")
 
@@ -481,7 +481,7 @@ class DemoOptions(Options):
 
 
 class SweepOptions(Options):
-    """How to run a sweep."""
+    """Options of running a sweep."""
 
     output: Path | None = Field(None, description="folder of the whole sweep [default: sweeps/NAME of the file]")
     address: str | None = Field(None, description="Ray cluster, HOST:PORT or auto, to use instead of this machine")
@@ -499,7 +499,7 @@ class SweepOptions(Options):
 
 
 class Resources(Options):
-    """What each run of a sweep gets."""
+    """Resources of each run of a sweep."""
 
     cpus: int = Field(1, ge=1, description="processor cores, and threads")
     gpus: float = Field(0, ge=0, description="GPUs, or a fraction of one")
@@ -513,7 +513,7 @@ class Resources(Options):
 
 
 SWEEP_OWN_KEYS = ("output", "overwrite", "dry_run")
-"""Keys of a configuration that a sweep sets itself."""
+"""Keys of a configuration that the sweep itself sets."""
 
 
 class SweepFile(Options):
@@ -531,7 +531,7 @@ class SweepFile(Options):
 
 
 class SchemaOptions(Options):
-    """Of which file a schema is wanted."""
+    """Options of printing a schema."""
 
     task: Literal["dreambooth", "s2i", "perturb", "sweep"] = Field(
         "dreambooth", description="recipes of dreambooth, s2i or perturb, or sweep files"
@@ -543,7 +543,7 @@ class SchemaOptions(Options):
 
 
 def read_config(cls: type[C], recipe: Path | None, settings: list[str], flags: dict[str, Any]) -> C:
-    """The configuration from a recipe file, `key=value` settings and flags, the later winning.
+    """Read the configuration from a recipe file, `key=value` settings and flags; the later win.
 
     Raises one UserError with everything that is wrong with them.
     """
@@ -574,7 +574,7 @@ def load_run_config(cls: type[C], settings: dict[str, Any]) -> C:
 
 
 def load_yaml(path: Path) -> Any:
-    """What a YAML file holds, if it is a plain one. UserError says what is wrong with it."""
+    """Read a plain YAML file. UserError says what is wrong with it."""
     try:
         if path.stat().st_size > MAX_RECIPE_BYTES:
             raise UserError(f"{path}: too large for a recipe ({path.stat().st_size:,} bytes)")
@@ -622,7 +622,7 @@ def _yaml_value(text: str) -> Any:
 
 
 def _explain(cls: type[BaseModel], detail: Any) -> str:
-    """One pydantic error in the words of our options."""
+    """Translate one pydantic error into the names and words of our options."""
     name = ".".join(str(part) for part in detail["loc"])
     given = detail.get("input")
     if detail["type"] == "extra_forbidden":

@@ -51,7 +51,7 @@ train_dreambooth = train_s2i = train  # the configuration says which task it is
 
 
 def resume(path: Path, steps: int | None = None, on_nan: str | None = None) -> Path:
-    """Go on with a run from its newest whole checkpoint; `steps` extends it, `on_nan` holds from there on."""
+    """Resume a run from its newest whole checkpoint. `steps` extends it; `on_nan` holds from there on."""
     folder = RunFolder(path)
     if not folder.settings.is_file() and not folder.checkpoints.is_dir():
         raise UserError(f"{path} is not a run folder: it has no run.yaml")
@@ -145,7 +145,7 @@ def how_to_go_on(run: RunFolder) -> str:
 def open_run(
     run: RunFolder, task: Training[Any], hashes: dict[str, str], resumed: Run | None, accelerator: Accelerator
 ) -> None:
-    """Record what the run is told; one that is resumed must have the same base and data, and keeps its provenance."""
+    """Record the run's settings. A resumed run must have the same base and data, and keeps its provenance."""
     base, config, digest = task.plan.base, task.plan.config, task.data_digest
     if resumed is not None:
         refuse_other_base(resumed, base, hashes)

@@ -48,7 +48,7 @@ class SavedAdapter:
     folder: Path
     config: dict[str, Any]
     base: dict[str, Any] | None
-    """What it was trained on, {"name": ..., "fingerprint": {...}}; None if it was not recorded."""
+    """The base it was trained on, {"name": ..., "fingerprint": {...}}; None if it was not recorded."""
 
     @property
     def peft_type(self) -> str:
@@ -61,7 +61,7 @@ class SavedAdapter:
 
     @property
     def base_name(self) -> str:
-        """What it was trained on, for messages."""
+        """Name of the base it was trained on, for messages."""
         name = self.base["name"] if self.base else self.config.get("base_model_name_or_path")
         return name or "a base that was not recorded"
 

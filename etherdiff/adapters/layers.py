@@ -1,4 +1,4 @@
-"""What an adapted layer declares: how its adapter transforms the weight, how far that can go, which LoRA it equals.
+"""The declarations of an adapted layer: how its adapter transforms the weight, its reach, and the LoRA that it equals.
 
 Our own layers declare it themselves (`tuner.UpdateLayer`); PEFT's are wrapped in one of the classes below. Nothing asks a layer
 for its class: `methods.METHODS` names the class of every method.
@@ -25,7 +25,7 @@ Draw = Callable[..., Tensor]
 
 
 class Reach(NamedTuple):
-    """How far from the identity a random transformation of a block can be, ‖T - I‖_F."""
+    """Range of the distance ‖T - I‖_F of a block's random transformation."""
 
     lowest: float
     highest: float

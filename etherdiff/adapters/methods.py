@@ -48,14 +48,14 @@ class MethodOptions:
 
 
 class Style(NamedTuple):
-    """How runs of a method are shown in tables and figures."""
+    """The look of a method's runs in tables and figures."""
 
     place: int
     """Place in tables and legends: as in the paper's, the methods that it does not have next to similar ones."""
     colour: str
     """One of `results.figures.COLOURS`. Methods of one colour differ in marker and in dashes."""
     marker: str
-    """As matplotlib names it."""
+    """Marker, as matplotlib names it."""
     dashes: str = "solid"
     """solid, dashed or dotted: figures with many points show no markers."""
 
@@ -74,12 +74,12 @@ class Method:
     """Class of its layers, which declares transformation, reach, LoRA form and whether it can be scaled."""
     style: Style
     options: frozenset[str] = frozenset()
-    """Which of blocks, rank and dropout it reads."""
+    """Options that it reads, of blocks, rank and dropout."""
     defaults: MethodOptions = MethodOptions()
     marks: Mapping[str, Any] = field(default_factory=dict)
     """Entries of adapter_config.json that distinguish it from other methods of its PEFT type."""
     bound: str | None = None
-    """How far its transformations can be from the identity, as a sentence; None where there is no limit."""
+    """Limit of its transformations' distance from the identity, as a sentence; None where there is none."""
 
     @cached_property
     def peft_type(self) -> str:

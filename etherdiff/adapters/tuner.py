@@ -1,4 +1,4 @@
-"""What our adapters share as PEFT tuners: layers that add a weight update to a linear layer.
+"""The common part of our PEFT tuners: layers that add a weight update to a linear layer.
 
 Every update is computed from the layer's original weight, so several active adapters add up alike in forward and in merge,
 in any order. PEFT's hooks used here are not a public API: tests/adapters/test_peft_hooks.py holds them.

@@ -1,1 +1,1 @@
-"""The run folder: what is in it, and how it is read."""
+"""The run folder: its files, its settings, its results and its models."""

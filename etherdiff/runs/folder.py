@@ -1,4 +1,4 @@
-"""A run is a folder: what it was told, what it learned, and how it went."""
+"""The files of a run folder: its settings, its results and its metrics."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The paths of a run; see the README for what each holds."""
+    """The paths of a run folder."""
 
     path: Path
 
@@ -37,17 +37,17 @@ class RunFolder:
 
     @property
     def refitted_adapter(self) -> Path:
-        """Of a run that learned magnitudes: the adapter that they are on top of."""
+        """Adapter below the re-fitted magnitudes, of a run that learned magnitudes."""
         return self.path / "refitted_adapter"
 
     @property
     def adapters(self) -> list[Path]:
-        """All that goes on the base's UNet, in this order."""
+        """Folders of the adapters on the base's UNet, in this order."""
         return [folder for folder in (self.refitted_adapter, self.adapter) if folder.is_dir()]
 
     @property
     def control_encoder(self) -> Path:
-        """The hint encoder of a controllable run."""
+        """Folder of the hint encoder of a controllable run."""
         return self.path / "control_encoder"
 
     @property
@@ -79,12 +79,12 @@ class RunFolder:
 
     @property
     def eval(self) -> Path:
-        """What `etherdiff eval` draws and writes."""
+        """Folder that `etherdiff eval` writes."""
         return self.path / "eval"
 
     @property
     def result(self) -> Path:
-        """The scores."""
+        """File of the scores."""
         return self.eval / "metrics.json"
 
     @property
@@ -93,9 +93,9 @@ class RunFolder:
 
 
 def write_settings(run: RunFolder, task: str, config: RunConfig, facts: dict[str, Any]) -> None:
-    """run.yaml: the resolved configuration, itself a recipe, and under `provenance` what else determined the result.
+    """Write run.yaml: the resolved configuration, which is a recipe, and under `provenance` what else determined the result.
 
-    facts win over what is found here. The first line is a hash of the rest, so that damage shows.
+    facts replace what is found here. The first line is a hash of the rest, which reveals damage.
     """
     content = config.model_dump(mode="json", exclude={"overwrite", "dry_run"})
     found = {"task": task, "versions": installed_versions(), "threads": torch.get_num_threads()}
@@ -105,7 +105,7 @@ def write_settings(run: RunFolder, task: str, config: RunConfig, facts: dict[str
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of all that a result can depend on."""
+    """Return the versions of all packages that a result can depend on."""
     return {
         "etherdiff": __version__,
         "python": platform.python_version(),
@@ -114,7 +114,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether a run.yaml is what was written, to the byte."""
+    """Return whether a run.yaml is byte for byte what the run wrote."""
     try:
         first, _, rest = path.read_text(encoding="utf-8").partition("\n")
     except (OSError, UnicodeDecodeError):
@@ -127,18 +127,18 @@ def _text_hash(text: str) -> str:
 
 
 def manifest_of(folder: Path) -> Path:
-    """Where it is recorded what a result's files are: adapter.sha256.json beside adapter/."""
+    """Return the file that records the hashes of a result's files: adapter.sha256.json next to adapter/."""
     return folder.with_name(f"{folder.name}.sha256.json")
 
 
 def write_manifest(folder: Path) -> None:
-    """Record what a result's files are, for `check_result`."""
+    """Record the hashes of a result's files, for `check_result`."""
     hashes = {path.name: file_hash(path) for path in sorted(folder.iterdir())}
     write_json(manifest_of(folder), hashes)
 
 
 def check_result(run: RunFolder, folder: Path) -> None:
-    """UserError where adapter/ or control_encoder/ is not what the run wrote, if the run recorded that."""
+    """Raise UserError where adapter/ or control_encoder/ is not what the run wrote, if that was recorded."""
     manifest = manifest_of(folder)
     if not manifest.is_file():
         return
@@ -155,13 +155,13 @@ def check_result(run: RunFolder, folder: Path) -> None:
 
 
 def _holds(folder: Path, name: str, expected: str) -> bool:
-    """Whether a plain name in a folder has the content expected."""
+    """Return whether the file of a plain name in a folder has the expected hash."""
     path = folder / name
     return path.parent == folder and path.is_file() and file_hash(path) == expected
 
 
 def append_metrics(run: RunFolder, row: dict[str, Any]) -> None:
-    """One line of metrics.jsonl; nothing in it depends on the clock."""
+    """Append one line to metrics.jsonl; nothing in it depends on the clock."""
     with run.metrics.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -169,7 +169,7 @@ def append_metrics(run: RunFolder, row: dict[str, Any]) -> None:
 def read_metrics(run: RunFolder, damage: list[str] | None = None) -> list[dict[str, Any]]:
     """Read the lines of metrics.jsonl by step; of several lines for one step, a later one adds to an earlier.
 
-    What is no such line (a kill can tear the last one) is skipped, and counted in a sentence that `damage` is given.
+    Unreadable lines (a kill can tear the last one) are skipped; `damage` gets a sentence with their number.
     """
     if not run.metrics.is_file():
         return []
@@ -189,7 +189,7 @@ def read_metrics(run: RunFolder, damage: list[str] | None = None) -> list[dict[s
 
 
 def restore_metrics(run: RunFolder, kept: Path | None, step: int) -> None:
-    """Put metrics.jsonl back to `step`: from the checkpoint's copy, or by forgetting what a resumed run will log again."""
+    """Put metrics.jsonl back to `step`: from the checkpoint's copy, or without what a resumed run logs again."""
     if kept is not None and kept.is_file():
         write_text(run.metrics, kept.read_text(encoding="utf-8"))
         return

@@ -1,4 +1,4 @@
-"""Models of a run: its base, what it did to the weights, and the pipeline of a controllable run."""
+"""Models of a run: its base, its changes to the weights, and the pipeline of a controllable run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +26,7 @@ from etherdiff.system.text import program
 
 
 def refuse_other_base(run: Run, base: Base, hashes: Mapping[str, str] | None = None) -> None:
-    """UserError where a base holds other weights than the run was trained on. `hashes` is its fingerprint, if known."""
+    """Raise UserError where a base holds other weights than the run was trained on. `hashes`: its known fingerprint."""
     now = fingerprint(base) if hashes is None else hashes
     recorded = run.provenance.base.fingerprint
     if changed := sorted(name for name in recorded if recorded[name] != now.get(name)):
@@ -64,7 +64,7 @@ def measure_drift(run: Run) -> dict[str, LayerDrift]:
 
 
 def merged_weights(run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The targeted layers' weights (out, in) in the base and in what the run made of it."""
+    """Return the targeted layers' weights (out, in) of the base, and of the base with the run's adapters merged."""
     unet = load_local_unet(run)
     before = {name: weight.clone() for name, weight in _targeted(unet, run).items()}
     adapted = load_adapters(unet, [(folder, 1.0) for folder in run.adapters])
@@ -88,7 +88,7 @@ def _targeted(unet: nn.Module, run: Run) -> dict[str, Tensor]:
 
 
 def make_s2i_pipeline(model: StableDiffusion, hint_encoder: HintEncoder | None = None) -> StableDiffusionS2IPipeline:
-    """A pipeline over the model's own modules, with DDIM as in the paper. Without a hint encoder it draws without control."""
+    """Make a pipeline of the model's own modules, with DDIM as in the paper. Without a hint encoder: no control."""
     pipeline = StableDiffusionS2IPipeline(
         vae=model.vae,
         text_encoder=model.text_encoder,
@@ -111,7 +111,7 @@ def open_control_run(path: Path) -> tuple[Run, S2IConfig]:
 
 
 def run_dataset(config: S2IConfig, root: Path | None, resolution: int) -> ControlDataset:
-    """The dataset that a configuration names. UserError where it cannot be used."""
+    """Find the dataset that a configuration names. UserError where it cannot be used."""
     return find_dataset(
         config.dataset,
         root,
@@ -125,7 +125,7 @@ def run_dataset(config: S2IConfig, root: Path | None, resolution: int) -> Contro
 
 
 def load_hint_encoder(run: RunFolder) -> HintEncoder:
-    """The run's control encoder. UserError where it is damaged."""
+    """Load the run's control encoder. UserError where it is damaged."""
     check_result(run, run.control_encoder)
     try:
         encoder = HintEncoder.from_pretrained(run.control_encoder, local_files_only=True)

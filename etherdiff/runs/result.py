@@ -108,7 +108,7 @@ class Paper(Record):
     """The paper's row for the run's method."""
 
     scope: str | None = None
-    """What the paper's numbers were measured on."""
+    """Data and settings behind the paper's numbers."""
     scores: dict[str, PaperScore] = Field(default_factory=dict)
 
 
@@ -233,7 +233,7 @@ def _compared(score: Score) -> dict[str, Any]:
 
 
 def _library_versions(identity: Any) -> list[tuple[str, str]]:
-    """Every library's version in an identity, at any depth."""
+    """Return every library's version in an identity, at any depth."""
     found: list[tuple[str, str]] = []
     for key, value in identity.items() if isinstance(identity, Mapping) else ():
         found += [(n, v) for n, v in value.items() if n != "etherdiff"] if key == VERSIONS else _library_versions(value)
@@ -252,7 +252,7 @@ def _short(value: Any) -> str:
 
 
 def _at(content: Any, path: str) -> Any:
-    """The value at a dotted path; None where there is none. Keys may hold dots themselves."""
+    """Return the value at a dotted path; None where there is none. Keys may contain dots themselves."""
     if not path:
         return content
     for key in content if isinstance(content, Mapping) else ():

@@ -1,4 +1,4 @@
-"""A run folder, read once: everything that asks what a run is asks here."""
+"""A run folder, read once: the only reader of run.yaml."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,13 +22,13 @@ class RecordedBase(Record):
 
     name: str = ""
     path: str | None = None
-    """Where its files were found."""
+    """Path of its files."""
     fingerprint: dict[str, str] = Field(default_factory=dict)
     """Part -> SHA-256 of its weights."""
 
 
 class Provenance(Record):
-    """What besides the configuration determined a run's result, in the order in which run.yaml records it."""
+    """Everything besides the configuration that determined a run's result, in the order of run.yaml."""
 
     task: Literal["dreambooth", "s2i", "perturb"]
     versions: dict[str, str] = Field(default_factory=dict)
@@ -40,7 +40,7 @@ class Provenance(Record):
     """cpu, cuda or mps."""
     base: RecordedBase = Field(default_factory=RecordedBase)
     images: str | None = None
-    """Digest of what was trained on."""
+    """Digest of the training images."""
     subject_prompt: str | None = None
     control: dict[str, Any] = Field(default_factory=dict)
     """The signal of a controllable run."""
@@ -52,13 +52,13 @@ class Provenance(Record):
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder whose run.yaml could be read; the other files are read when they are asked for."""
+    """A run folder whose run.yaml is valid; the other files are read on first use."""
 
     folder: RunFolder
     config: RunConfig
     provenance: Provenance
     name: str
-    """The folder's name; its path where several of one name are read."""
+    """Name of the folder; its path where several runs have one name."""
     subject_name: str = ""
     """Name of the subject or the dataset; its path where several of one name are read."""
 
@@ -73,8 +73,8 @@ class Run:
         try:
             provenance = Provenance.model_validate(content.pop("provenance"))
         except (AttributeError, KeyError, TypeError, ValidationError) as error:
-            told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
-            raise UserError(f"{folder.settings} is not what a run wrote ({told}): start the run again") from error
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
+            raise UserError(f"{folder.settings} is not what a run wrote ({reason}): start the run again") from error
         try:
             config = load_run_config(TASK_CONFIGS[provenance.task], content | {"output": str(path)})
         except UserError as error:
@@ -102,7 +102,7 @@ class Run:
 
     @property
     def subject_path(self) -> Path:
-        """Where the subject or the dataset was found, on the machine that the run was started on."""
+        """Path of the subject or the dataset, on the machine that the run was started on."""
         return Path(getattr(self.config, "data_root", None) or "", _learned(self.config))
 
     @property
@@ -125,7 +125,7 @@ class Run:
         return found + ([self.folder.control_encoder] if self.is_controlled else [])
 
     def check_results(self) -> None:
-        """UserError where the run has not finished, or a result is damaged."""
+        """Raise UserError where the run has not finished, or a result is damaged."""
         for result in self.results:
             if not result.is_dir():
                 raise UserError(

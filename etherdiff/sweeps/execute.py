@@ -24,7 +24,7 @@ LAST_LINES = 12
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What all units of one start of a sweep share."""
+    """Common settings of all units of one start of a sweep."""
 
     retries: int
     """Times that a failed command is tried again."""
@@ -38,7 +38,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run."""
+    """The outcome of a run."""
 
     run: str
     error: str | None = None
@@ -60,7 +60,7 @@ class Interrupted(Exception):  # noqa: N818 - nothing is wrong
 
 
 def run_unit(unit: Unit, settings: RunSettings, stopping: Callable[[], bool] = lambda: False, place: str = "") -> list[Outcome]:
-    """Do what is left to do of a unit; return an outcome for each of its runs. Interrupted if `stopping` became true.
+    """Finish a unit; return an outcome for each of its runs. Interrupted if `stopping` became true.
 
     place: where this runs, for the logs, in addition to the machine's name.
     """
@@ -174,16 +174,16 @@ class _UnitRunner:
     def _last_lines(self, status: int, beginning: int) -> str:
         text = self.run.log.read_bytes()[beginning:].decode("utf-8", errors="replace")
         lines = [line.rsplit("\r", 1)[-1].rstrip() for line in text.splitlines()]
-        said = "\n".join([line for line in lines if line][-LAST_LINES:]) or "it said nothing"
+        output = "\n".join([line for line in lines if line][-LAST_LINES:]) or "it said nothing"
         how = f"ended with status {status}" if status > 0 else f"was killed by signal {-status}"
-        return f"{how}:\n{said}"
+        return f"{how}:\n{output}"
 
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
-    """Have a process save and end, if it has not ended yet."""
+    """Ask a process to save and end, if it has not ended yet."""
     if process.poll() is not None:
         return
-    if os.name == "nt":  # whose terminate() gives no time to save
+    if os.name == "nt":  # terminate() gives no time to save there
         process.send_signal(signal.CTRL_BREAK_EVENT)  # type: ignore[attr-defined]
     else:
         process.terminate()

@@ -1,4 +1,4 @@
-"""From a sweep file to its runs: everything that any of them needs is looked for before the first one starts."""
+"""Plan the runs of a sweep file: everything that any run needs is checked before the first one starts."""
 
 import hashlib
 import json
@@ -38,9 +38,9 @@ from etherdiff.tasks.subject_sets import find_texts
 
 
 def plan_units(sweep: Sweep, output: Path, for_now: bool = True) -> list[Unit]:
-    """The units of a sweep, every run resolved. Raises one UserError with everything that is wrong with any of them.
+    """Return the units of a sweep, every run resolved. Raise one UserError with all mistakes of all runs.
 
-    output: the sweep's folder, absolute. for_now: whether the runs are to start here, which takes the base's weights.
+    output: the sweep's folder, absolute. for_now: whether the runs start here, which needs the base's weights.
     """
     problems, check = Problems(), EvalCheck(sweep.scoring)
     units, labels = [], dict[str, str]()
@@ -52,10 +52,10 @@ def plan_units(sweep: Sweep, output: Path, for_now: bool = True) -> list[Unit]:
                 run = problems.of(variant.label).attempt(_plan, sweep, variant, previous, output, check, for_now).value
                 if run is None:
                     break  # what builds on it cannot be planned
-                told = json.dumps(run.config, sort_keys=True)
-                if told in labels:
-                    problems.add(f"{labels[told]} and {variant.label} are the same run: leave one out")
-                labels[told] = variant.label
+                content = json.dumps(run.config, sort_keys=True)
+                if content in labels:
+                    problems.add(f"{labels[content]} and {variant.label} are the same run: leave one out")
+                labels[content] = variant.label
                 runs.append(run)
             units.append(Unit(tuple(runs), sweep.resources.cpus, sweep.resources.gpus))
     problems.raise_if_any(f"{sweep.path}: ", sweep.size)
@@ -78,16 +78,16 @@ def _plan(
             ) from None
     check(resolved, data)
     content = resolved.model_dump(mode="json", exclude=set(SWEEP_OWN_KEYS))
-    # without defaults, so that an option more in a later version leaves names as they are, and with the run before by its
-    # name, so that another place for the sweep's folder does
-    telling = resolved.model_dump(mode="json", exclude=set(SWEEP_OWN_KEYS), exclude_defaults=True)
-    told = json.dumps(_replaced(telling, folder, previous.name if previous else ""), sort_keys=True)
-    name = f"{variant.label}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    # Without defaults: a new option of a later version must not change names. The previous run stands here by its name:
+    # moving the sweep's folder must not change names either.
+    identifying = resolved.model_dump(mode="json", exclude=set(SWEEP_OWN_KEYS), exclude_defaults=True)
+    hashed = json.dumps(_replaced(identifying, folder, previous.name if previous else ""), sort_keys=True)
+    name = f"{variant.label}-{hashlib.sha256(hashed.encode()).hexdigest()[:8]}"
     return SweepRun(name, output, sweep.task, _replaced(content, folder, stands_for), sweep.scoring)
 
 
 def _resolve(config: RunConfig) -> tuple[RunConfig, Any]:
-    """The configuration with every default filled in, and the plan it comes from. UserError with all that is wrong."""
+    """Fill in every default; return the configuration and its plan. UserError with everything that is wrong."""
     if isinstance(config, PerturbConfig):
         perturbation = plan_perturbation(config)
         return perturbation.config, perturbation
@@ -97,7 +97,7 @@ def _resolve(config: RunConfig) -> tuple[RunConfig, Any]:
 
 
 def _with_previous(config: RunConfig, folder: str) -> RunConfig:
-    """The configuration with a folder for `PREVIOUS`."""
+    """Return the configuration with a folder in place of `PREVIOUS`."""
     values = {name: getattr(config, name) for name in type(config).model_fields}
     named = {name: value for name, value in values.items() if isinstance(value, str | Path) and PREVIOUS in str(value)}
     return config.model_copy(update={name: type(v)(str(v).replace(PREVIOUS, folder)) for name, v in named.items()})
@@ -105,7 +105,7 @@ def _with_previous(config: RunConfig, folder: str) -> RunConfig:
 
 @contextmanager
 def _stand_in(run: SweepRun | None) -> Iterator[str]:
-    """A folder that can be planned upon as if the run had been made: its settings are there, its results are empty."""
+    """Make a folder to plan upon as if the run were finished: it has the settings and empty results."""
     if run is None:
         yield ""
         return
@@ -128,7 +128,7 @@ def _with(text: str, old: str, new: str) -> str:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Warnings belong to the runs' own logs: here each would come once per run."""
+    """Print no warnings: they belong to the runs' own logs, and would come here once per run."""
     before, console.quiet = console.quiet, True
     try:
         yield
@@ -140,15 +140,15 @@ def _silence() -> Iterator[None]:
 
 
 class EvalCheck:
-    """Asks before a run is made whether `etherdiff eval` can score it. Networks, the same for many runs, are found once."""
+    """Checks before a run is made whether `etherdiff eval` can score it. Networks that many runs share are found once."""
 
     def __init__(self, options: EvalOptions | None) -> None:
-        """options: None where runs are not scored."""
+        """Take the scoring options; None where runs are not scored."""
         self.options = options
         self.networks: dict[Hashable, list[str]] = {}
 
     def __call__(self, config: RunConfig, plan: Any) -> None:
-        """UserError with everything that is wrong with scoring a run of this resolved configuration and plan."""
+        """Raise UserError with everything that is wrong with scoring a run of this resolved configuration and plan."""
         problems = Problems("eval: ")
         if isinstance(self.options, SubjectEvalOptions):
             assert isinstance(config, DreamBoothConfig | PerturbConfig)
@@ -192,7 +192,7 @@ class EvalCheck:
 
 
 def checkpoint_problems(name: str, config: DreamBoothConfig | PerturbConfig) -> list[str]:
-    """Why a run of this configuration will have no such checkpoint."""
+    """List why a run of this configuration will have no such checkpoint."""
     if name == "last":
         return []
     if isinstance(config, PerturbConfig):

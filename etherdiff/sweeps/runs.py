@@ -1,4 +1,4 @@
-"""The runs of a sweep: the commands that make them, what is noted of each in states/NAME.json, and how far each is."""
+"""The runs of a sweep: their commands, their states (states/NAME.json) and their stages."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ COMMANDS = {"dreambooth": "train-dreambooth", "s2i": "train-s2i", "perturb": "pe
 
 @dataclass(frozen=True)
 class SweepRun:
-    """A run of a sweep: where it belongs and what it is told."""
+    """A run of a sweep: its place, its configuration and its scoring."""
 
     name: str
     """Its label and eight digits of its configuration's hash."""
@@ -32,9 +32,9 @@ class SweepRun:
     """The sweep's folder, absolute."""
     task: str
     config: dict[str, Any]
-    """Resolved, as run.yaml records it, without `output`."""
+    """Resolved configuration as run.yaml records it, without `output`."""
     scoring: EvalOptions | None
-    """None: it is not scored."""
+    """Options of `etherdiff eval`; None: the run is not scored."""
 
     @property
     def folder(self) -> Path:
@@ -42,12 +42,12 @@ class SweepRun:
 
     @property
     def eval(self) -> Path:
-        """What `etherdiff eval` leaves in it."""
+        """Folder that `etherdiff eval` writes."""
         return self.folder / "eval"
 
     @property
     def recipe(self) -> Path:
-        """What its command reads."""
+        """Recipe that its command reads."""
         return self.output / "recipes" / f"{self.name}.yaml"
 
     @property
@@ -60,7 +60,7 @@ class SweepRun:
 
     @property
     def results(self) -> list[Path]:
-        """The folders that its task saves, whole, when it has ended."""
+        """Folders that its task saves when it ends."""
         folder = RunFolder(self.folder)
         found = [folder.control_encoder] if self.task == "s2i" else []
         found += [folder.adapter] if self.config["method"] != "none" else []
@@ -68,28 +68,28 @@ class SweepRun:
 
     @property
     def steps(self) -> int:
-        """Of its training; 0 where nothing is trained."""
+        """Number of training steps; 0 where nothing is trained."""
         return int(self.config.get("steps", 0))
 
     def make_command(self) -> list[str]:
-        """Arguments of etherdiff that make the run folder."""
+        """Return the arguments of etherdiff that make the run folder."""
         return [COMMANDS[self.task], "--config", str(self.recipe), "--output", str(self.folder)]
 
     def resume_command(self) -> list[str]:
-        """Arguments of etherdiff that go on with it."""
+        """Return the arguments of etherdiff that resume it."""
         return ["resume", str(self.folder)]
 
     def score_command(self) -> list[str]:
-        """Arguments of etherdiff that score it; images that other options drew are drawn anew."""
+        """Return the arguments of etherdiff that score it; images made with other options are drawn again."""
         return ["eval", str(self.folder), *eval_arguments(self.scoring_record()), "--overwrite"]
 
     def scoring_record(self) -> dict[str, Any]:
-        """The options of its scoring as the state file holds them: what is not the default."""
+        """Return the scoring options that are not defaults, as the state file records them."""
         found = {} if self.scoring is None else self.scoring.model_dump(mode="json", exclude_defaults=True)
         return found | ({"metrics": ",".join(found["metrics"])} if found.get("metrics") is not None else {})
 
     def is_scored_with(self, record: Any) -> bool:
-        """Whether a state file's record means these options."""
+        """Return whether a state file's record means these options."""
         try:
             return self.scoring is not None and type(self.scoring).model_validate(record) == self.scoring
         except ValidationError:
@@ -98,7 +98,7 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class Unit:
-    """A run and those on top of it: done in order, in one place."""
+    """A run and the runs on top of it, which are made in this order, in one place."""
 
     runs: tuple[SweepRun, ...]
     threads: int
@@ -109,13 +109,13 @@ class Unit:
         return self.runs[0].name
 
     def environment(self) -> dict[str, str]:
-        """What its commands are to find, so that they compute the same wherever they run."""
+        """Return environment variables for its commands, so that they compute the same on any machine."""
         hidden = {} if self.gpus else {"CUDA_VISIBLE_DEVICES": ""}
         return {"OMP_NUM_THREADS": str(self.threads), **hidden}
 
 
 def eval_arguments(options: dict[str, Any]) -> list[str]:
-    """Recorded options as the command line of `etherdiff eval` takes them."""
+    """Return recorded options as arguments of `etherdiff eval`."""
     found = []
     for name, value in options.items():
         flag = name.replace("_", "-")
@@ -127,7 +127,7 @@ def eval_arguments(options: dict[str, Any]) -> list[str]:
 
 
 def shell_command(unit: Unit, arguments: list[str]) -> str:
-    """A command of a unit as a shell takes it."""
+    """Return a command of a unit as one line for a shell."""
     settings = [f"{name}={shlex.quote(value) if value else ''}" for name, value in unit.environment().items()]
     return " ".join([*settings, shlex.join([sys.executable, "-m", "etherdiff", *arguments])])
 
@@ -136,7 +136,7 @@ def shell_command(unit: Unit, arguments: list[str]) -> str:
 
 
 def read_state(run: SweepRun) -> dict[str, Any]:
-    """Empty where nothing is told."""
+    """Read what the state file records; empty where there is none."""
     try:
         content = json.loads(run.state.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -145,25 +145,25 @@ def read_state(run: SweepRun) -> dict[str, Any]:
 
 
 def write_state(run: SweepRun, content: dict[str, Any]) -> None:
-    """Replace it whole."""
+    """Replace the state file."""
     run.state.parent.mkdir(parents=True, exist_ok=True)
     write_json(run.state, {"run": run.name, **content})
 
 
 def expect_scores(run: SweepRun, content: dict[str, Any]) -> None:
-    """The same, before a run is scored: a metrics.json that comes after this is what the run's options wrote."""
+    """Write the state before scoring. A metrics.json that appears afterwards has the scores of the run's options."""
     options = {} if run.scoring is None else {"eval": run.scoring_record(), "scores_before": scores_hash(run)}
     write_state(run, {**content, **options})
 
 
 def confirm_scores(run: SweepRun, content: dict[str, Any]) -> None:
-    """The same, after it is scored: only this metrics.json is."""
+    """Write the state after scoring: only this metrics.json has the scores of the run's options."""
     options = {} if run.scoring is None else {"eval": run.scoring_record(), "scores": scores_hash(run)}
     write_state(run, {**content, **options})
 
 
 def scores_hash(run: SweepRun) -> str | None:
-    """SHA-256 of the run's metrics.json, in hexadecimal; None where there is none."""
+    """Return the SHA-256 of the run's metrics.json, in hexadecimal; None where there is none."""
     try:
         return hashlib.sha256((run.eval / "metrics.json").read_bytes()).hexdigest()
     except FileNotFoundError:
@@ -174,18 +174,18 @@ def scores_hash(run: SweepRun) -> str | None:
 
 
 class Stage(IntEnum):
-    """In this order."""
+    """How far a run is."""
 
     ABSENT = 0
     BEGUN = 1
-    """To be resumed."""
+    """Stopped; to be resumed."""
     MADE = 2
-    """Its result is whole; its scores, with the file's options, are not there."""
+    """Trained, but not scored with the file's options."""
     FINISHED = 3
 
 
 def stage_of(run: SweepRun) -> Stage:
-    """How far a run is. UserError where its folder holds a run of another configuration."""
+    """Return how far a run is. UserError where its folder holds a run of another configuration."""
     folder = RunFolder(run.folder)
     if not folder.settings.is_file():
         return Stage.BEGUN if folder.checkpoints.is_dir() else Stage.ABSENT
@@ -202,10 +202,10 @@ def stage_of(run: SweepRun) -> Stage:
 
 
 def is_scored(run: SweepRun) -> bool:
-    """Whether metrics.json is what scoring with the run's options wrote.
+    """Return whether metrics.json was written with the run's scoring options.
 
-    The state tells: it has the options since before they were used, and the hash of the metrics.json that was there then,
-    so that one which came since is theirs, whoever was killed before he could write that it came.
+    The state recorded the options before scoring began, with the hash of the metrics.json of that time. A metrics.json with
+    another hash was written with these options, even if the sweep was killed before it could record that.
     """
     state, scores = read_state(run), scores_hash(run)
     if scores is None or not run.is_scored_with(state.get("eval")):

@@ -1,7 +1,7 @@
 """A sweep file: which runs it asks for, read and checked without touching data or weights.
 
 task: dreambooth                              # dreambooth, s2i or perturb
-recipe: ../../tiny/dreambooth/{method}.yaml   # beside this file; {key} is filled in from the run's own values
+recipe: ../../tiny/dreambooth/{method}.yaml   # relative to this file; {key} stands for the run's own value
 settings: {base: tiny, steps: 150}            # configuration keys, over the recipe
 grid: {subject: [candy_ball, gift_box], seed: [0, 1]}          # every combination
 runs:                                         # alternatives, each with every combination
@@ -34,7 +34,7 @@ from etherdiff.config import (
 from etherdiff.system.errors import Problems, UserError
 
 PREVIOUS = "{previous}"
-"""In a value under `then`: the folder of the run before."""
+"""Placeholder in a value under `then`: the folder of the previous run."""
 MAX_RUNS = 10_000
 
 
@@ -45,7 +45,7 @@ class Variant:
     label: str
     """The values in which it can differ from the others, joined by "-"."""
     values: dict[str, Any]
-    """All that the file says of it, over the recipe."""
+    """Options in the file, which replace the recipe's."""
     config: RunConfig
     """Well-formed; what it names need not be there. Under `then` a value may still hold `PREVIOUS`."""
 
@@ -57,14 +57,14 @@ class Sweep:
     path: Path
     task: str
     units: tuple[tuple[Variant, ...], ...]
-    """Runs that depend on no other, each followed by those on top of it."""
+    """Independent runs, each followed by the runs on top of it."""
     scoring: EvalOptions | None
-    """None: its runs are not scored."""
+    """Options of `etherdiff eval`; None: the runs are not scored."""
     resources: Resources
 
     @property
     def size(self) -> int:
-        """How many runs."""
+        """Number of runs."""
         return sum(map(len, self.units))
 
 
@@ -102,7 +102,7 @@ def _read_file(path: Path) -> SweepFile:
 
 
 def _misplaced(file: SweepFile) -> list[str]:
-    """What is wrong with the file's parts beside each other."""
+    """List what is wrong with how the file's parts fit together."""
     found = [f"grid: {key} has no values" for key, values in file.grid.items() if not values]
     for key, values in file.grid.items():
         repeated = [value for at, value in enumerate(values) if value in values[:at]]
@@ -130,7 +130,7 @@ def _misplaced(file: SweepFile) -> list[str]:
 
 
 def _units(file: SweepFile) -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    """Label and values of each run, and of those on top of it."""
+    """Yield the units: label and values of each run, followed by those of the runs on top of it."""
     for point in itertools.product(*file.grid.values()):
         for alternative in file.runs:
             varied = dict(zip(file.grid, point, strict=True)) | alternative
@@ -142,7 +142,7 @@ def _units(file: SweepFile) -> Iterator[list[tuple[str, dict[str, Any]]]]:
 
 
 def label_of(varied: Mapping[str, Any]) -> str:
-    """A run's values as a name: "candy_ball-0-ether"."""
+    """Return a name made of a run's values: "candy_ball-0-ether"."""
     return "-".join(_slug(key, value) for key, value in varied.items())[:120].strip("-.") or "run"
 
 
@@ -157,13 +157,13 @@ def _slug(key: str, value: Any) -> str:
 
 
 def _configure(path: Path, cls: type[RunConfig], recipe: str | None, values: dict[str, Any]) -> RunConfig:
-    """A run's configuration: its values over its recipe's."""
+    """Return a run's configuration: its values over its recipe's."""
     content = {} if recipe is None else read_recipe(path.parent / _filled_in(recipe, values))
     return load_run_config(cls, content | values)
 
 
 def _filled_in(recipe: str, values: Mapping[str, Any]) -> str:
-    """The recipe's path with the run's values in it."""
+    """Return the recipe's path with the run's values filled in."""
     lacking = [key for key in re.findall(r"\{(\w+)\}", recipe) if key not in values]
     if lacking:
         raise UserError(f"recipe: {recipe} needs {' and '.join(lacking)}, which the run does not say")

@@ -1,4 +1,4 @@
-"""`etherdiff sweep`: every run of a file once, whatever happens in between."""
+"""`etherdiff sweep`: make every run of a file once, also across interruptions."""
 
 import importlib.util
 import os
@@ -26,19 +26,19 @@ from etherdiff.system.text import read_user_text
 
 COPY = "sweep.yaml"
 FORWARDED = ("ETHERDIFF_CACHE", "ETHERDIFF_DATA")
-"""Environment variables that runs on other machines are told."""
-SAID = {Stage.ABSENT: "to do", Stage.BEGUN: "to be resumed", Stage.MADE: "to be scored", Stage.FINISHED: "finished"}
+"""Environment variables that are passed on to runs on other machines."""
+STAGE_LABELS = {Stage.ABSENT: "to do", Stage.BEGUN: "to be resumed", Stage.MADE: "to be scored", Stage.FINISHED: "finished"}
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A sweep whose every run could start."""
+    """A sweep of which every run was checked and could start."""
 
     sweep: Sweep
     output: Path
     units: list[Unit]
     stages: dict[str, Stage]
-    """By the runs' names."""
+    """Name of a run -> its stage."""
 
     @property
     def unfinished(self) -> list[Unit]:
@@ -51,12 +51,12 @@ class Planned:
 
 
 def has_ray() -> bool:
-    """Whether the extra is installed."""
+    """Return whether the extra `ray` is installed."""
     return importlib.util.find_spec("ray") is not None
 
 
 def plan_sweep(file: Path, options: SweepOptions, for_now: bool = True) -> Planned:
-    """Check everything; nothing is written. UserError with all that is wrong."""
+    """Check everything and write nothing. UserError with everything that is wrong."""
     problems = Problems()
     if (options.address is not None or (options.jobs or 1) > 1) and not has_ray():
         problems.add("several runs at a time need Ray: pip install 'etherdiff[ray]'")
@@ -72,12 +72,12 @@ def plan_sweep(file: Path, options: SweepOptions, for_now: bool = True) -> Plann
 
 
 def run_sweep(file: Path, options: SweepOptions, program: tuple[str, ...] = ()) -> Path:
-    """Do all that is not done; returns the sweep's folder. program: what runs in place of etherdiff, for tests.
+    """Make and score all unfinished runs; return the sweep's folder. program: replaces etherdiff, for tests.
 
     Raises:
         UserError: everything that is wrong, before anything starts.
-        RunError: runs that failed, after all others are done.
-        Stopped: a signal came; what ran has saved.
+        RunError: some runs failed; all others are finished.
+        Stopped: a signal arrived; the active runs have saved a checkpoint.
     """
     planned = plan_sweep(file, options)
     with run_lock(planned.output):
@@ -87,7 +87,7 @@ def run_sweep(file: Path, options: SweepOptions, program: tuple[str, ...] = ()) 
         say(f"{planned.output}: {total} runs, {total - left} finished already", style="bold")
         _warn_of_gpu(planned.sweep)
         _warn_of_others(planned)
-        failed = _do(units, total - left, options, program) if units else []
+        failed = _run_units(units, total - left, options, program) if units else []
     if failed:
         raise RunError(_summary(failed, total))
     say(f"{planned.output}: all {total} runs are finished")
@@ -95,7 +95,7 @@ def run_sweep(file: Path, options: SweepOptions, program: tuple[str, ...] = ()) 
 
 
 def print_commands(file: Path, options: SweepOptions) -> list[str]:
-    """A shell command for each unit that is not finished; what they read is written, and nothing is run."""
+    """Write the recipes, run nothing, and return a shell command for each unit that is not finished."""
     planned = plan_sweep(file, options, for_now=False)
     with run_lock(planned.output):
         write_files(planned)
@@ -109,13 +109,13 @@ def print_commands(file: Path, options: SweepOptions) -> list[str]:
 
 
 def dry_run(file: Path, options: SweepOptions) -> list[str]:
-    """A line for each run, after everything is checked: its name and how far it is."""
+    """Check everything, and return a line for each run: its name and its stage."""
     planned = plan_sweep(file, options, for_now=False)
-    return [f"{run.name}: {SAID[planned.stages[run.name]]}" for unit in planned.units for run in unit.runs]
+    return [f"{run.name}: {STAGE_LABELS[planned.stages[run.name]]}" for unit in planned.units for run in unit.runs]
 
 
 def write_files(planned: Planned) -> None:
-    """A copy of the file, for reading, and the recipe of every run."""
+    """Write a copy of the sweep file, for reading, and the recipe of every run."""
     write_text(planned.output / COPY, read_user_text(planned.sweep.path))
     for unit in planned.units:
         for run in unit.runs:
@@ -124,13 +124,13 @@ def write_files(planned: Planned) -> None:
 
 
 def _commands(run: SweepRun, stage: Stage) -> list[list[str]]:
-    """What is left to do of a run."""
+    """Return the commands that a run still needs."""
     make = {Stage.ABSENT: [run.make_command()], Stage.BEGUN: [run.resume_command()]}.get(stage, [])
     return make + ([] if run.scoring is None else [run.score_command()])
 
 
-def _do(units: Sequence[Unit], finished: int, options: SweepOptions, program: tuple[str, ...]) -> list[Outcome]:
-    """Do units; returns the outcomes of the runs that failed. Stopped where a signal came."""
+def _run_units(units: Sequence[Unit], finished: int, options: SweepOptions, program: tuple[str, ...]) -> list[Outcome]:
+    """Run units; return the outcomes of the runs that failed. Stopped where a signal arrived."""
     session = uuid.uuid4().hex
     environment = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     settings = RunSettings(options.retries, session, environment, program)

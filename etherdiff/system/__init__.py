@@ -1,1 +1,1 @@
-"""What everything stands on: errors, files, locks, signals, terminal output, paths, devices."""
+"""Foundations of the package: errors, files, downloads, locks, signals, terminal output, devices."""

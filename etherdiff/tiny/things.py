@@ -33,7 +33,7 @@ _JITTER = (0.018, 0.08, 0.05)  # of hue, saturation and value; half the way to t
 
 
 def sample_colour(name: str, rng: np.random.Generator) -> RGB:
-    """Return an RGB colour in [0, 1] that goes by this name: each thing has its own."""
+    """Draw an RGB colour in [0, 1] of this name: each thing has its own."""
     hue, saturation, value = (centre + width * rng.uniform(-1, 1) for centre, width in zip(HSV[name], _JITTER, strict=True))
     if name not in HUED:
         saturation = min(saturation, 0.08)
@@ -68,7 +68,7 @@ class Thing:
 
     @property
     def combination(self) -> tuple[str, str, str, str | None]:
-        """What is kept out of the training scenes where a subject has it."""
+        """Kind, pattern and colours: training scenes leave out those of the subjects."""
         return (self.kind, self.pattern, self.colour, self.second)
 
 
@@ -292,7 +292,7 @@ class TinySubject:
 
     @property
     def class_noun(self) -> str:
-        """What it is one of."""
+        """Class noun of the thing."""
         return self.thing.kind
 
 

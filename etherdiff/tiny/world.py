@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 CLASSES = SKIES + GROUNDS + KINDS
-"""What the values of a segmentation map mean."""
+"""Classes of a segmentation map, by value."""
 PALETTE: NDArray[np.uint8] = np.array(
     [
         *[(135, 190, 250), (190, 200, 210), (25, 30, 80), (250, 150, 90), (110, 120, 130)],

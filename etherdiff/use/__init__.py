@@ -1,1 +1,1 @@
-"""What one does with a base or a run: generate, merge, export, inspect, demo."""
+"""Commands that use a base or a run: generate, merge, export, inspect, demo, schema."""

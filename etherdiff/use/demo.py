@@ -1,4 +1,4 @@
-"""`etherdiff demo`: the whole job on the tiny world, ending with what to look at and what to type next."""
+"""`etherdiff demo`: train, draw, score, merge and export on the tiny world, then print what to look at and what to type."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,7 +44,7 @@ def run_demo(
     """Train ETHER+ on a subject of the tiny world, draw and score what it learned, merge and export, all under `output`.
 
     Args:
-        train: makes a run folder of a configuration, as `etherdiff.run.train` does.
+        train: makes the run folder of a configuration, as `etherdiff.run.train` does.
         report: writes the run's report, as `etherdiff.report.show_report` does.
     """
     if output.exists() and any(output.iterdir()):
@@ -90,7 +90,7 @@ def run_demo(
 
 
 def before_after(run: Path, photos: Path) -> Image.Image:
-    """The subject's photos, and below them a few prompts: what the base draws, and what the run draws at the same seeds."""
+    """Draw the subject's photos above a few prompts, as the base and as the run draw them at the same seeds."""
     noun = SUBJECTS[SUBJECT].class_noun
     prompts = make_prompts(prompts_for(noun, tiny=True), IDENTIFIER, noun)
     rows = []

@@ -67,29 +67,29 @@ def count_step(
 
 
 def _solve_flops(a: torch.Size, b: torch.Size, *args: Any, **kwargs: Any) -> int:
-    """LU decomposition, 2/3 n³, and two triangular solves, 2 n² per right-hand side; a (..., n, n)."""
+    """Count LU decomposition, 2/3 n³, and two triangular solves, 2 n² per right-hand side; a (..., n, n)."""
     return 2 * a.numel() * a[-1] // 3 + 2 * a[-1] * b.numel()
 
 
 def _lu_solve_flops(lu: torch.Size, pivots: torch.Size, b: torch.Size, *args: Any, **kwargs: Any) -> int:
-    """Two triangular solves with a decomposition that is there already."""
+    """Count two triangular solves with a decomposition that exists already."""
     return 2 * lu[-1] * b.numel()
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any) -> int:
-    """Scores, and their mean of the values; shapes (batch, heads, tokens, width)."""
+    """Count the scores, and the means of the values that they weight; shapes (batch, heads, tokens, width)."""
     return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
 
 
 def _attention_backward_flops(
     gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any
 ) -> int:
-    """The scores once more, and the gradients of scores, values, queries and keys."""
+    """Count the scores again, and the gradients of scores, values, queries and keys."""
     return 2 * query[:-1].numel() * key[-2] * (3 * query[-1] + 2 * value[-1])
 
 
 def _attention_formulas() -> dict[Any, Callable[..., int]]:
-    """Of torch's fused attentions, those that this release has. Its own registry lacks the CPU's before 2.15."""
+    """Return the formulas of the fused attentions that this torch has. Its own registry lacks the CPU's before 2.15."""
     names = [f"{kind}_attention" for kind in ("flash", "efficient", "cudnn")]
     names += ["flash_attention_for_cpu", "fused_attention_overrideable"]
     formulas: dict[str, Callable[..., int]]
@@ -109,11 +109,11 @@ MATRIX_WORK = re.compile(
     r"(^|_)((add|b|badd|addb)?mm|(add)?mv|v?dot|matmul|(bi|tri)?linear|attention|conv[123]d|conv(olution)?|cdist|lstm|gru|rnn"
     r"|solve|lu|qr|svd|eigh?|eigvalsh?|inv|cholesky|lstsq|(slog)?det)(_|$)"
 )
-"""In the names of operators that multiply or decompose matrices."""
+"""Pattern in the names of operators that multiply or decompose matrices."""
 
 
 class _Flops(TorchDispatchMode):
-    """Adds up FLOP formulas. So does torch's FlopCounterMode, but by module, which takes half as long again.
+    """Adds up FLOP formulas. torch's FlopCounterMode does so by module, which takes half as long again.
 
     uncounted: the operators that do matrix work and have no formula; `total` leaves them out.
     """
@@ -158,7 +158,7 @@ class _SavedBytes(saved_tensors_hooks):
 
 
 class _CountingCheckpoint:
-    """Stands in for torch's checkpoint: keeps a block's inputs, and counts what computing it again would take."""
+    """Replaces torch's checkpoint: keeps a block's inputs, and counts the work of computing it again."""
 
     def __init__(self, kept: _SavedBytes, flops: _Flops) -> None:
         self.kept, self.flops = kept, flops
@@ -178,7 +178,7 @@ class _CountingCheckpoint:
 
 
 class _Float32Norms(TorchFunctionMode):
-    """Normalises in float32 as CUDA's autocast does, and the CPU's does not."""
+    """Normalises in float32, as CUDA's autocast does and the CPU's does not."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (F.group_norm, F.layer_norm):
@@ -200,7 +200,7 @@ def iterate_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def measure_throughput(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product on the device, timed for a fifth of a second.
+    """Return FLOP/s of a square matrix product on the device, timed for a fifth of a second.
 
     A training step reaches only part of it, so FLOPs divided by this is the least time a step can take.
     """

@@ -1,7 +1,7 @@
-"""What a method would train and what a step of it would cost, counted on the base's architecture: no weight is read.
+"""Count what a method trains and what a step costs, on the base's architecture: no weight is read.
 
 The UNet is built without storage and one training step runs through it on shapes alone: forward with the
-mean-squared loss, and backward. Counted is the UNet's step. Text and images are encoded before training; the S2I
+mean-squared loss, and backward. Only the UNet's step is counted. Text and images are encoded before training; the S2I
 control encoder, the optimizer's update and elementwise work (which moves memory rather than computes) are left out.
 """
 
@@ -94,14 +94,14 @@ def training_estimate(
     weight_bytes: int = FLOAT32_BYTES,
     optimizer_bytes: int = 8,
 ) -> dict[str, Any]:
-    """What a training run would take: trainable_parameters, step_flops, and memory in bytes by what holds it.
+    """Estimate what a training run takes: trainable_parameters, step_flops, and memory in bytes by purpose.
 
     batch_size: images in one forward pass, those of prior preservation included. weight_bytes: per frozen weight, 4 or
     2; with 2 the step computes in half precision as under CUDA's autocast. optimizer_bytes: per trainable parameter.
 
     total = weights (frozen) + trainable_and_optimizer (float32 value, gradient, optimizer state) + activations (what
     autograd saves; with gradient checkpointing the blocks' inputs and the most that one block saves when it is computed
-    again). What kernels and the allocator need on top is not in it. activations, total and step_flops are None, with a
+    again). What kernels and the allocator need besides is left out. activations, total and step_flops are None, with a
     "note", where a step cannot be counted.
     """
     half = weight_bytes < FLOAT32_BYTES
@@ -121,7 +121,7 @@ def training_estimate(
 
 
 def render_inspection(result: dict[str, Any]) -> Table:
-    """The result of `inspect_base` for a person to read."""
+    """Show the result of `inspect_base` as a table."""
     title = (
         f"{result['base']}, {result['targets']}: {result['layers']} layers; "
         f"a step of {result['batch_size']} x {result['resolution']} px, float32"
@@ -197,7 +197,7 @@ def _say_lines(lines: list[str]) -> None:
 
 
 def _check_method(name: str, options: MethodOptions) -> None:
-    """UserError or ValueError if the method does not have an option."""
+    """Raise UserError or ValueError if the method does not have an option."""
     if name != MAGNITUDE:
         resolve_options(name, options)
     elif options.blocks is not None or options.rank is not None:
@@ -205,7 +205,7 @@ def _check_method(name: str, options: MethodOptions) -> None:
 
 
 def _readable(name: str, options: MethodOptions) -> MethodOptions:
-    """The options without those that the method does not have."""
+    """Return the options without those that the method does not have."""
     has = METHODS[name].options if name in METHODS else frozenset()
     return replace(options, blocks=options.blocks if "blocks" in has else None, rank=options.rank if "rank" in has else None)
 
@@ -245,7 +245,7 @@ def _adapt(base: Base, method: str, options: MethodOptions, dtype: torch.dtype =
 
 
 def count_layers(unet: nn.Module, endings: tuple[str, ...]) -> int:
-    """The linear layers whose names end in one of these module names."""
+    """Count the linear layers whose names end in one of these module names."""
     dotted = tuple(f".{ending}" for ending in endings)
     return sum(isinstance(module, nn.Linear) and f".{name}".endswith(dotted) for name, module in unet.named_modules())
 
@@ -275,14 +275,14 @@ def _inspect_method(base: Base, name: str, options: MethodOptions, resolution: i
 
 
 def _note(adapted: _Adapted) -> dict[str, str]:
-    """What a reader has to know about a method's figures on this machine, if anything."""
+    """Return a note on why a method's figures cannot be counted on this machine; empty where they can."""
     if _runs_own_kernel(adapted.unet):
         return {"note": "FLOPs and memory cannot be counted with PEFT's CUDA extension for BOFT"}
     return {}
 
 
 def _runs_own_kernel(unet: nn.Module) -> bool:
-    """Whether a compiled extension computes a layer, which needs real tensors."""
+    """Return whether a compiled extension, which needs real tensors, computes a layer."""
     return any(getattr(module, "fbd_cuda_available", False) for module in unet.modules())
 
 
@@ -297,7 +297,7 @@ def _saved_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def safetensors_bytes(tensors: dict[str, Tensor]) -> int:
-    """The exact size of the file that safetensors writes for these tensors in float32.
+    """Compute the exact size of the file that safetensors writes for these tensors in float32.
 
     Its layout: 8 bytes for the header's length, the header (compact JSON, tensors by name, padded to 8), the data.
     """
@@ -318,7 +318,7 @@ def _step_cost(
     half: bool = False,
     gradient_checkpointing: bool = False,
 ) -> StepCost | None:
-    """A step of the base's UNet at this size, which uses the UNet up; None where only real tensors would do."""
+    """Count a step of the base's UNet at this size, which uses the UNet up; None where it needs real tensors."""
     if _runs_own_kernel(adapted.unet):
         return None
     side, unet = resolution // base.latent_scale, adapted.unet.config

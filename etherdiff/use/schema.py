@@ -40,7 +40,7 @@ def make_schema(options: SchemaOptions) -> Schema:
 
 
 def _recipe_schema(task: str) -> Schema:
-    """A recipe need not be complete: the command line can give the rest. A run folder's run.yaml is one."""
+    """Return the schema of a recipe, which may be incomplete: the command line can give the rest. run.yaml is a recipe."""
     schema = _optional(TASK_CONFIGS[task].model_json_schema())
     provenance = {"type": "object", "description": "what a run recorded besides its options; not read"}
     return {
