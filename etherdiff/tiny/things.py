@@ -64,7 +64,7 @@ class Thing:
     angle: float
     """Direction of the pattern, in radians."""
     period: float
-    """Of the pattern, in units of the thing's radius."""
+    """Period of the pattern, in units of the thing's radius."""
 
     @property
     def combination(self) -> tuple[str, str, str, str | None]:
