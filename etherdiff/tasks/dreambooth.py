@@ -23,7 +23,7 @@ from etherdiff.runs.folder import RunFolder
 from etherdiff.system.errors import Problems
 from etherdiff.system.files import cache_dir, digest, remove_temporary
 from etherdiff.system.terminal import track, warn
-from etherdiff.tasks.planning import TrainPlan, absolute, check_common, check_subject
+from etherdiff.tasks.planning import TrainPlan, absolute, check_common, check_subject, warn_of_long_texts
 from etherdiff.tasks.samples import Sampler, Shot
 from etherdiff.tasks.subject_sets import find_subject_sets
 from etherdiff.tasks.subjects import Subject, photo_of, warn_of_copies, warn_of_left_out
@@ -82,6 +82,7 @@ def plan_dreambooth(config: DreamBoothConfig, resuming: bool = False) -> DreamBo
     _warn_about_tokens(base, config.identifier)
     warn_of_left_out(found_subject)
     warn_of_copies(found_subject, found_photos)
+    warn_of_long_texts(base, config.sample_prompts or (), "sample prompts")
     return DreamBoothPlan(resolved, base, options, common.output, resolution, found_subject, found_photos)
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from etherdiff.adapters.methods import TARGETS, MethodOptions, add_adapter, resolve_options
 from etherdiff.config import RunConfig, SubjectConfig, TrainConfig
 from etherdiff.families.bases import Parts, find_base
-from etherdiff.families.sd1 import Base, load_tokenizer
+from etherdiff.families.sd1 import Base, cut_off, load_tokenizer
 from etherdiff.system.devices import device_problem, resolve_device
 from etherdiff.system.errors import Answer, Problems, UserError
 from etherdiff.system.files import cache_dir, data_root, why_not_writable
@@ -21,6 +22,8 @@ from etherdiff.system.locks import LOCK
 from etherdiff.system.terminal import is_main_process, warn
 from etherdiff.system.text import program
 from etherdiff.tasks.subjects import Subject, find_subject, photo_of
+
+SAMPLE_COUNT = TrainConfig.model_fields["sample_count"].default
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,14 @@ class Common:
         return {name: value for name, value in found.items() if name in type(config).model_fields}
 
 
+def warn_of_long_texts(base: Base, texts: Iterable[str], what: str) -> None:
+    """Warn of texts whose end the text encoder does not read. what: they are, in the plural."""
+    tokenizer = load_tokenizer(base)
+    long = [text for text in dict.fromkeys(texts) if len(text.encode()) > tokenizer.model_max_length - 2]  # a token has a byte
+    if lost := [end for text in long if (end := cut_off(tokenizer, text))]:
+        warn(f"the text encoder does not read the end of {len(lost)} {what}, for instance {lost[0]!r}: shorten them")
+
+
 def check_common(config: RunConfig, problems: Problems, name: str, resuming: bool = False) -> Common:
     """Look for everything that runs of any task need, and note what is wrong.
 
@@ -84,6 +95,12 @@ def check_common(config: RunConfig, problems: Problems, name: str, resuming: boo
         adapted = problems.attempt(try_adapter, base.value, config.method, options.value)
     if training:
         problems.add(*machine_problems(training))
+    if training and not resuming and training.sample_every is None:
+        given = {
+            "sample_prompts": getattr(config, "sample_prompts", None),
+            "sample_count": training.sample_count != SAMPLE_COUNT,
+        }
+        problems.add(*(f"{key}: does nothing without sample_every: say how often to sample" for key in given if given[key]))
         if training.warmup_steps >= training.steps:
             warn(
                 f"warmup_steps: the learning rate rises over {training.warmup_steps} steps, and the run has {training.steps}: "

@@ -31,7 +31,7 @@ from etherdiff.system.errors import Problems, UserError
 from etherdiff.system.files import cache_dir, copy_folder, remove_temporary, unchanged_file_hash
 from etherdiff.system.terminal import track
 from etherdiff.tasks.control_sets import find_control_sets, square
-from etherdiff.tasks.planning import TrainPlan, absolute, check_common
+from etherdiff.tasks.planning import TrainPlan, absolute, check_common, warn_of_long_texts
 from etherdiff.tasks.samples import Sampler, Shot
 from etherdiff.tasks.task import DenoisingLoss, Trainee, Training, save_result
 from etherdiff.train.batches import ImageSource, Item, StepBatches
@@ -90,6 +90,7 @@ def plan_s2i(config: S2IConfig, resuming: bool = False) -> S2IPlan:
             "encoder_learning_rate": config.encoder_learning_rate or min(rate, MAX_ENCODER_RATE),
         }
     )
+    warn_of_long_texts(base, (pair.text for pair in found_dataset.training), "captions")
     return S2IPlan(resolved, base, options, common.output, resolution, found_dataset, refit)
 
 

@@ -149,7 +149,8 @@ class Drawing:
 
     def rows(self) -> list[Row]:
         """Every prompt; under control, every prompt with every control file. Numbered: names that look alike stay apart."""
-        pairs = [(control, prompt) for control in self.controls or [None] for prompt in self.prompts]
+        controls: list[Path | None] = [*self.controls] or [None]
+        pairs = [(control, prompt) for control in controls for prompt in self.prompts]
         names = [f"{slug(control.stem)}-{slug(prompt)}" if control else slug(prompt) for control, prompt in pairs]
         folders = [self.options.output / f"{number:03d}-{name}" for number, name in enumerate(names)]
         return [Row(prompt, folder, control) for (control, prompt), folder in zip(pairs, folders, strict=True)]
@@ -201,6 +202,7 @@ def generate(options: GenerateOptions) -> Path:
 def find_stale(drawing: Drawing) -> list[Path]:
     """List images in the output that are to be replaced, being made with other settings. UserError where they may not be."""
     output, found, reasons = drawing.options.output, [], []
+    ignored: tuple[str, ...]
     wanted = {row.folder / f"{seed}.png": (row, seed) for row in drawing.rows() for seed in drawing.seeds}
     for path in filter(Path.is_file, [*sorted(output.glob("*/*.png")), output / "sheet.png"]):
         recorded = recorded_settings(path)

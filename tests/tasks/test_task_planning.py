@@ -12,7 +12,7 @@ from subject_photos import draw_subject
 
 from etherdiff.adapters.methods import METHODS
 from etherdiff.config import DreamBoothConfig
-from etherdiff.families.bases import ALIASES
+from etherdiff.families.bases import ALIASES, find_base
 from etherdiff.system.errors import UserError
 from etherdiff.system.terminal import console
 from etherdiff.tasks import planning as plan_module
@@ -349,3 +349,20 @@ def test_the_default_identifier_is_one_token(subject):
 def test_a_warm_up_as_long_as_the_run_is_warned_of(subject, warmup, warned):
     told = said(lambda: plan_dreambooth(config(subject, steps=10, warmup_steps=warmup)))
     assert ("warning: warmup_steps" in told) is warned
+
+
+@pytest.mark.parametrize("given", [{"sample_prompts": ["a sks ball"]}, {"sample_count": 2}])
+def test_samples_need_to_be_asked_for(subject, given):
+    name = next(iter(given))
+    with pytest.raises(UserError, match=f"{name}: does nothing without sample_every"):
+        plan_dreambooth(config(subject, **given))
+    assert plan_dreambooth(config(subject, sample_every=5, **given)).config.sample_every == 5
+
+
+def test_ends_of_texts_that_are_not_read_are_said(subject, capsys):
+    long = "ball " * 75
+    plan_dreambooth(config(subject, sample_every=5, sample_prompts=[long, f"{long} in snow", f"{long} in the desert"]))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the text encoder does not read the end of 2 sample prompts, for instance 'in snow': shorten them" in said
+    plan_module.warn_of_long_texts(find_base("tiny"), [long, "a ball"], "captions")
+    assert capsys.readouterr().err == ""
