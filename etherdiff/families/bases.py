@@ -35,7 +35,6 @@ OTHER_FAMILIES = {
     "StableDiffusion3Pipeline": "Stable Diffusion 3",
     "FluxPipeline": "Flux",
 }
-PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 def find_base(name: str, prediction_type: str | None = None, parts: Parts = "weights") -> Base:

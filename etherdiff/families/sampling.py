@@ -1,7 +1,6 @@
 """Draw images of prompts and seeds, each a function of its own seed; save them and put them on sheets."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -10,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from etherdiff.images.writing import contact_sheet, save_png
+from etherdiff.images.writing import contact_sheet
 from etherdiff.system.errors import RunError
 
 T = TypeVar("T")
@@ -62,18 +61,6 @@ def sample(
 def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
     """Split the items, in order, into parts of at most `size`."""
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def save_images(images: dict[tuple[str, int], Image.Image], folder: Path, settings: dict[str, Any]) -> list[Path]:
-    """Each image as PROMPT-NUMBER/SEED.png with its settings inside; keys are (prompt, seed)."""
-    prompts = list(dict.fromkeys(prompt for prompt, _ in images))
-    paths = []
-    for (prompt, seed), image in images.items():
-        path = folder / f"{prompts.index(prompt):03d}-{slug(prompt)}" / f"{seed}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_png(image, path, {"prompt": prompt, "seed": seed, **settings})
-        paths.append(path)
-    return paths
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str]) -> Image.Image:

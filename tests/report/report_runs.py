@@ -15,7 +15,7 @@ from etherdiff.adapters.io import load_adapter, merge_adapter, save_adapter
 from etherdiff.adapters.methods import ATTENTION, MethodOptions, add_adapter, magnitude_config
 from etherdiff.config import DreamBoothConfig, S2IConfig
 from etherdiff.families.bases import find_base
-from etherdiff.families.sampling import save_images
+from etherdiff.families.sampling import slug
 from etherdiff.families.sd1 import Base, fingerprint, load_base
 from etherdiff.images.writing import save_png
 from etherdiff.runs.folder import RunFolder, write_settings
@@ -191,7 +191,9 @@ def write_samples(path: Path, steps: tuple[int, ...] = (400, 800, 1200), side: i
     prompts = ["a photo of sks ball", "a sks ball in the snow"]
     for name in ("base", *(f"step-{step:06d}" for step in steps)):
         adapted = name != "base"
-        images = {
-            (prompt, seed): picture(10 * n + seed, adapted, side) for n, prompt in enumerate(prompts) for seed in range(4)
-        }
-        save_images(images, path / "samples" / name, {})
+        for number, prompt in enumerate(prompts):
+            folder = path / "samples" / name / f"{number:03d}-{slug(prompt)}"
+            folder.mkdir(parents=True)
+            for seed in range(4):
+                image = picture(10 * number + seed, adapted, side)
+                save_png(image, folder / f"{seed}.png", {"prompt": prompt, "seed": seed})
