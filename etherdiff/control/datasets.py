@@ -3,11 +3,13 @@
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from hashlib import sha256
 from json import dumps
 from pathlib import Path
 
 from etherdiff.control.captions import make_captions as blip_captions
+from etherdiff.control.inspection import Inspection, inspect_rows
 from etherdiff.control.readers import Listing, Row, sentences
 from etherdiff.control.readers.ade20k import HUB_DATASET, find_ade20k, read_ade20k
 from etherdiff.control.readers.coco import read_coco
@@ -18,7 +20,7 @@ from etherdiff.control.signals import find_signal, make_signal
 from etherdiff.control.signals.signal import Signal
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import cache_dir, file_hash
-from etherdiff.system.terminal import in_threads, warn
+from etherdiff.system.terminal import in_threads, is_main_process, warn
 from etherdiff.system.text import listed
 
 
@@ -53,6 +55,7 @@ def find_dataset(
     make_captions: bool = False,
     resolution: int = 512,
     device: str = "auto",
+    read_files: bool = False,
 ) -> ControlDataset:
     """Return a dataset by name, or the folder of one, complete: every pair has its control file and its caption.
 
@@ -65,15 +68,21 @@ def find_dataset(
         make_captions: have BLIP describe the images that have none.
         resolution: of the square that missing edge maps are made of.
         device: where BLIP computes.
+        read_files: look into every file, as `data check` does, and warn of what may be trained on though it seems wrong.
 
     Raises:
-        UserError: everything that is wrong with the files by their names; `check.check_dataset` also reads them.
+        UserError: everything that is wrong with the files: by their names, and in them where they are read.
     """
     chosen, listing = list_dataset(name, data_root, signal, palette, captions, resolution)
     if listing.left_out:
         warn(f"left out of {name}: {listed(listing.left_out)}")
+    found = Inspection()
+    if read_files and is_main_process():  # one process for all
+        found = inspect_rows(chosen, listing, f"checking {Path(name).name}")
+        for sentence in sentences({**found.doubts, **found.notes}):
+            _warn_once(f"{name}: {sentence}")
     silent = [row for _, row in listing.rows() if row.text is None]
-    wrong = sentences(listing.problems)
+    wrong = sentences({**listing.problems, **found.problems})
     if silent and not make_captions:
         names = {"images without a caption": [row.name for row in silent]}
         wrong += [f"{line}; --make-captions has BLIP describe them" for line in sentences(names)]
@@ -87,6 +96,12 @@ def find_dataset(
         listing.change(lambda row: replace(row, text=row.text or texts[row.image]))
     _derive_controls(chosen, listing)
     return ControlDataset(name, chosen, _pairs(listing.training), _pairs(listing.evaluation))
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Warn of something once, however many runs of a sweep are of one dataset."""
+    warn(message)
 
 
 def list_dataset(

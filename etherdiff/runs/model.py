@@ -110,8 +110,8 @@ def open_control_run(path: Path) -> tuple[Run, S2IConfig]:
     return run, run.config
 
 
-def run_dataset(config: S2IConfig, root: Path | None, resolution: int) -> ControlDataset:
-    """Find the dataset that a configuration names. UserError where it cannot be used."""
+def run_dataset(config: S2IConfig, root: Path | None, resolution: int, read_files: bool = False) -> ControlDataset:
+    """Find the dataset that a configuration names; read_files: look into every file. UserError where it cannot be used."""
     return find_dataset(
         config.dataset,
         root,
@@ -121,6 +121,7 @@ def run_dataset(config: S2IConfig, root: Path | None, resolution: int) -> Contro
         make_captions=config.make_captions,
         resolution=resolution,
         device=config.device,
+        read_files=read_files,
     )
 
 

@@ -73,7 +73,9 @@ def plan_s2i(config: S2IConfig, resuming: bool = False) -> S2IPlan:
         config, refit = problems.attempt(take_over, config, config.refit).value or (config, None)
     suffix = "-refit" if config.refit else ""
     common = check_common(config, problems, f"{Path(config.dataset).name}-{config.method}{suffix}", resuming)
-    dataset = problems.then(common.resolution, lambda resolution: run_dataset(config, common.data_root, resolution))
+    dataset = problems.then(
+        common.resolution, lambda resolution: run_dataset(config, common.data_root, resolution, read_files=True)
+    )
     settled = problems.settle(common.base, common.options, common.resolution, dataset)
     base, options, resolution, found_dataset = settled
     method_rate = MAX_ENCODER_RATE if config.method == "none" else METHODS[config.method].s2i_learning_rate

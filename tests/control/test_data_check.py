@@ -8,8 +8,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from etherdiff import cli
+from etherdiff.control import inspection
 from etherdiff.control.check import check_dataset, render
 from etherdiff.control.datasets import find_dataset
+from etherdiff.images.reading import read_image
 from etherdiff.system.errors import UserError
 from etherdiff.tiny.world import CLASSES, render_scene
 
@@ -170,3 +172,61 @@ def test_the_command_looks_in_the_data_root(tmp_path, monkeypatch):
     done = CliRunner().invoke(cli.app, ["data", "check", "mine", "--json"])
     assert done.exit_code == 0
     assert json.loads(done.output[done.output.index("{") :])["good"]
+
+
+# --- The same check before training -----------------------------------------------------------------------------------
+
+
+def test_what_data_check_finds_is_found_before_training(tmp_path, capsys):
+    folder = scenes(tmp_path)
+    train = folder / "train"
+    (train / "1.png").write_bytes(b"no image")
+    Image.fromarray(np.full((64, 64), 99, np.uint8)).save(train / "3-map.png")
+    Image.new("L", (64, 63)).save(train / "4-map.png")
+    (train / "5.png").write_bytes((train / "0.png").read_bytes())
+    report = check(folder)
+    with pytest.raises(UserError) as refused:
+        find_dataset(str(folder), None, palette="tiny", read_files=True)
+    warned = " ".join(capsys.readouterr().err.split())
+    doubt = "the same image twice"
+    assert refused.value.problems == [line for line in report.sentences() if doubt not in line]
+    assert len(refused.value.problems) == 3
+    assert f"warning: {folder}: {doubt}: 1 (training/0 and training/5)" in warned
+    assert f"warning: {folder}: classes that occur in no map to train on: " in warned
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_train_s2i_refuses_bad_pairs_before_its_first_step_and_in_the_dry_run(dry, tmp_path):
+    folder = scenes(tmp_path / "data")
+    (folder / "train/1.png").write_bytes(b"xx")
+    Image.fromarray(np.full((64, 64), 200, np.uint8)).save(folder / "train/5-map.png")
+    Image.new("RGB", (128, 64)).save(folder / "validation/1.png")
+    arguments = ["train-s2i", "--base", "tiny", "--dataset", str(folder), "--palette", "tiny", "--steps", "20"]
+    arguments += ["--output", str(tmp_path / "run"), "--tracker", "none", *(["--dry-run"] if dry else [])]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert isinstance(done.exception, UserError)
+    assert done.exception.problems == [
+        f"{folder}: images that cannot be read: 1 (training/1: not an image (text?))",
+        f"{folder}: controls that are not good: 1 (training/5: label values outside tiny, which has 0 to 20: "
+        "200 (4096 pixels))",
+        f"{folder}: controls of another size than their image: 1 (evaluation/1: 64 x 64, image 128 x 64)",
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+def test_good_files_are_read_once_and_changed_ones_again(tmp_path, monkeypatch):
+    folder = scenes(tmp_path)
+    first = check(folder)
+    read = []
+    monkeypatch.setattr(inspection, "read_image", lambda path: read.append(path.name) or read_image(path))
+    inspection._inspect.cache_clear()  # as another process does
+    (folder / "train/2-map.png").write_bytes((folder / "train/3-map.png").read_bytes())
+    (folder / "train/4.png").write_bytes(b"")
+    again = check(folder)
+    assert sorted(read) == ["2.png", "4.png"]
+    assert again.problems == {"images that cannot be read": ["training/4: zero bytes"]}
+    assert (again.pairs, again.classes.keys()) == (first.pairs, first.classes.keys())
+    for cached in (inspection.cache_dir() / "checked-1").iterdir():
+        cached.write_bytes(b"\xff\xfe\x00 damaged")
+    inspection._inspect.cache_clear()
+    assert check(folder).problems == again.problems

@@ -253,8 +253,8 @@ class Segmentation(Signal):
 
     def count(self, control: Path) -> dict[str, int]:
         """Count the pixels of each class by its index, and those of none by `IGNORED`."""
-        labels, counts = np.unique(self.labels(control), return_counts=True)
-        return {str(label): int(count) for label, count in zip(labels, counts, strict=True)}
+        counts = np.bincount(self.labels(control).ravel())
+        return {str(label): int(counts[label]) for label in np.flatnonzero(counts)}
 
     def rare(self, counts: Sequence[Any]) -> dict[str, list[str]]:
         """Find classes that occur in no map."""
