@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_args, get_origin
 
@@ -449,6 +450,7 @@ def _root(
 
 def main() -> None:
     """Run the program: status 0 done, 1 it ran and failed, 2 what the user gave is wrong, 128 + N stopped by signal N."""
+    _read_and_print_any_text()
     try:
         with stop_signals():
             app()
@@ -468,6 +470,16 @@ def main() -> None:
             raise
         _print_once([f"error: {fault}"])
         sys.exit(1)
+
+
+def _read_and_print_any_text() -> None:
+    """Begin again in Python's UTF-8 mode where the locale's encoding is another; print what a stream cannot hold as escapes."""
+    if os.name == "posix" and sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"  # arguments, names of files and child processes: it cannot be switched on later
+        os.execv(sys.executable, sys.orig_argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _print_once(lines: list[str]) -> None:

@@ -271,6 +271,29 @@ def test_what_the_system_refuses_on_the_way_is_one_line(number, etherdiff_, monk
     assert err.startswith(f"error: /some/place: {os.strerror(number)}. ")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="the locale of POSIX")
+@pytest.mark.parametrize(
+    ("environment", "shown"),
+    [({}, "猫"), ({"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "猫"), ({"PYTHONIOENCODING": "ascii"}, r"\u732b")],
+)
+def test_any_text_is_read_printed_and_saved_under_an_ascii_locale(environment, shown, tmp_path):
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONUTF8"))}
+
+    def call(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "etherdiff", *arguments]
+        return subprocess.run(command, capture_output=True, cwd=tmp_path, env={**variables, "LC_ALL": "C", **environment})
+
+    refused = call("compare", "猫", "猫")
+    assert (refused.returncode, refused.stderr.decode().splitlines()[0]) == (2, f"error: {shown}: there is no such run folder")
+    assert call("schema", "--output", "猫.json").returncode == 0
+    assert (tmp_path / "猫.json").is_file()
+    saved = call(
+        "train-dreambooth", "--base", "tiny", "--subject", "猫", "--class-noun", b"\xe9".decode("utf-8", "surrogateescape")
+    )
+    assert saved.returncode == 2
+    assert saved.stderr.startswith(b"error: class_noun: must be a valid string")
+
+
 def test_a_refusal_from_the_shell(tmp_path):
     """The real program once: status, streams, and no traceback."""
     command = [sys.executable, "-m", "etherdiff", "train-dreambooth", "--steps", "0", "--method", "x"]
