@@ -89,7 +89,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Row:
+class SheetRow:
     """One row of the sheet: a prompt, with a control file if the run is controllable."""
 
     prompt: str
@@ -147,13 +147,13 @@ class Drawing:
         given = {"steps": self.options.steps, "guidance_scale": self.options.guidance_scale}
         return usual | {name: value for name, value in given.items() if value is not None}
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[SheetRow]:
         """Every prompt; under control, every prompt with every control file. Numbered: names that look alike stay apart."""
-        controls: list[Path | None] = [*self.controls] or [None]
+        controls: list[Path | None] = list(self.controls) if self.controls else [None]
         pairs = [(control, prompt) for control in controls for prompt in self.prompts]
         names = [f"{slug(control.stem)}-{slug(prompt)}" if control else slug(prompt) for control, prompt in pairs]
         folders = [self.options.output / f"{number:03d}-{name}" for number, name in enumerate(names)]
-        return [Row(prompt, folder, control) for (control, prompt), folder in zip(pairs, folders, strict=True)]
+        return [SheetRow(prompt, folder, control) for (control, prompt), folder in zip(pairs, folders, strict=True)]
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class Drawing:
             use["long_prompts"] = True
         return {**made_by, **use, "resolution": self.resolution, "weights": source.weights}
 
-    def png_settings(self, row: Row, seed: int) -> dict[str, Any]:
+    def png_settings(self, row: SheetRow, seed: int) -> dict[str, Any]:
         """What an image's file holds about how it was made."""
         control = {"control": row.control.name, "control_sha256": file_hash(row.control)} if row.control else {}
         return {"prompt": row.prompt, "seed": seed, **control, **self.settings}
@@ -236,7 +236,7 @@ def recorded_settings(path: Path) -> Mapping[str, Any] | None:
     return found if isinstance(found, Mapping) else None
 
 
-def draw_missing(drawing: Drawing, rows: Sequence[Row], stale: Sequence[Path]) -> None:
+def draw_missing(drawing: Drawing, rows: Sequence[SheetRow], stale: Sequence[Path]) -> None:
     """Draw and save, batch by batch, what is not there or stale. Stale images go when the first batch has been drawn."""
     todo = []
     for row in rows:
@@ -257,7 +257,7 @@ def draw_missing(drawing: Drawing, rows: Sequence[Row], stale: Sequence[Path]) -
                 save_png(image, path, drawing.png_settings(row, seed))
 
 
-def draw_sheet(drawing: Drawing, rows: Sequence[Row]) -> Image.Image:
+def draw_sheet(drawing: Drawing, rows: Sequence[SheetRow]) -> Image.Image:
     """Lay out the first images of each row, after its control."""
     cells, seeds = [], drawing.seeds
     for row in rows:
@@ -362,7 +362,7 @@ def load_pipeline(drawing: Drawing) -> Any:
     return pipeline.to(resolve_device(options.device))
 
 
-def _draw(pipeline: Any, drawing: Drawing, row: Row, seeds: Sequence[int]) -> list[Image.Image]:
+def _draw(pipeline: Any, drawing: Drawing, row: SheetRow, seeds: Sequence[int]) -> list[Image.Image]:
     options, sampling, prompt = drawing.options, drawing.sampling, row.prompt
     more: dict[str, Any] = {"negative_prompt": drawing.negative_prompt}
     texts = [prompt, drawing.negative_prompt]
