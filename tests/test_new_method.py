@@ -15,7 +15,7 @@ from etherdiff.config import InspectOptions
 from etherdiff.families.bases import find_base
 from etherdiff.families.sd1 import load_base
 from etherdiff.report import page
-from etherdiff.results import drawing
+from etherdiff.results import figures
 from etherdiff.system.errors import UserError
 from etherdiff.use.inspection import inspect_base
 
@@ -106,4 +106,4 @@ def test_its_bound_stands_in_the_report(model):
 def test_its_runs_stand_in_tables_and_figures_in_its_place_and_style(entry):
     labels = list(label_styles())
     assert labels[labels.index("lora") + 1] == "made-up"
-    assert drawing._styles([("lora",), ("made-up",)])[("made-up",)] == entry.style
+    assert figures._styles([("lora",), ("made-up",)])[("made-up",)] == entry.style
