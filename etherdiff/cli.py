@@ -233,7 +233,10 @@ def generate(options: c.GenerateOptions) -> None:
 
 
 @command("merge", USE, c.MergeOptions)
-def merge(run: RunArgument, options: c.MergeOptions) -> None:
+def merge(
+    options: c.MergeOptions,
+    run: Annotated[Optional[Path], typer.Argument(metavar="RUN", help="run folder; or else --base with --adapter")] = None,  # noqa: UP045
+) -> None:
     """Fold the adapter into the base: a plain diffusers pipeline, checked by opening it with plain diffusers."""
     from etherdiff.system.terminal import say, warn
     from etherdiff.use.merge import merge_run

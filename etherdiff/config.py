@@ -275,7 +275,9 @@ class GenerateOptions(Options):
     prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
         None, description="what --base predicts [default: as its scheduler says; a 2.x single file: v_prediction]"
     )
-    adapter: tuple[Path, ...] = Field((), description="adapter folder for --base; repeat to add several")
+    adapter: tuple[Path, ...] = Field(
+        (), description="adapter folder or LoRA file (kohya, diffusers) for --base; repeat to add several"
+    )
     prompt: tuple[str, ...] = Field((), description="what to draw; repeat for several")
     prompts: Path | None = Field(None, description="text file with a prompt per line; # begins a comment")
     num: int = Field(4, ge=1, description="images per prompt")
@@ -424,6 +426,10 @@ class MergeOptions(Options):
     """Options of writing a run as a pipeline."""
 
     output: Path = Field(description="folder for the pipeline; must be empty or not exist")
+    base: str | None = Field(None, description="without a run: sd15, sd21, tiny, hub id, folder or .safetensors")
+    adapter: tuple[Path, ...] = Field(
+        (), description="adapter folder or LoRA file (kohya, diffusers) for --base; repeat to add several"
+    )
     scale: float = Field(1.0, ge=-100, le=100, description="multiplies the adapter's update")
     dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="precision of the UNet: fp32, fp16 or bf16")
     single_file: Path | None = Field(None, description="also write one .safetensors checkpoint, for WebUI and ComfyUI")

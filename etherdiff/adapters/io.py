@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from etherdiff.adapters.layers import quiet_boft
+from etherdiff.adapters.lora_files import base_of, read_lora, read_metadata
 from etherdiff.adapters.methods import METHODS, adapter_layers, layer_types, method_of, peft_type_of, tuner_layers
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import save_tensors, staged_folder
@@ -89,11 +90,21 @@ class SavedAdapter:
         )
 
 
-def read_adapter(folder: str | Path) -> SavedAdapter:
-    """Find an adapter in its folder, or in a run's folder, and check everything but its tensors.
+@dataclass(frozen=True)
+class LoraFile(SavedAdapter):
+    """A LoRA file of another program, or of `etherdiff export`; `folder` is its path."""
 
-    UserError says what is wrong with the folder and what would mend it.
+    metadata: dict[str, str]
+
+
+def read_adapter(folder: str | Path) -> SavedAdapter:
+    """Find an adapter in its folder, in a run's folder, or in a LoRA file, and check everything but its tensors.
+
+    UserError says what is wrong with it and what would mend it.
     """
+    if Path(folder).is_file():
+        metadata = read_metadata(Path(folder))
+        return LoraFile(Path(folder), {"peft_type": "LORA"}, base_of(metadata), metadata)
     folder = _find(Path(folder))
     config = _read_json(folder / CONFIG)
     if config.get("peft_type") not in layer_types():
@@ -152,8 +163,6 @@ def _refuse_foreign_files(folder: Path) -> None:
 
 def _find(folder: Path) -> Path:
     """Return the folder with the adapter's configuration: the one given, or `adapter/` in it, as in a run."""
-    if folder.is_file():
-        raise UserError(f"adapter {folder} is a file: give the folder that holds {CONFIG} and {WEIGHTS}.")
     if not folder.is_dir():
         raise UserError(f"adapter {folder}: there is no such folder. Give a run's folder, or an adapter's.")
     for candidate in (folder, folder / "adapter"):
@@ -206,8 +215,7 @@ def load_adapter(
     _check_combination(model, saved, name, scale)
     if saved.peft_type == FULL:
         return _load_full(model, saved, scale).requires_grad_(trainable)
-    tensors = saved.tensors()
-    config = _peft_config(saved)
+    tensors, config = _contents_for(saved, model)
     config.inference_mode = not trainable
     training = model.training
     adapted = _insert(model, config, name, saved)
@@ -287,6 +295,16 @@ def _check_combination(model: nn.Module, saved: SavedAdapter, name: str, scale: 
             f"adapter {saved.folder}: {saved.method} has no scale, so {scale:g} cannot be applied; it works at 1 only. "
             f"{', '.join(scalable)} and {last} can be scaled."
         )
+
+
+def _contents_for(saved: SavedAdapter, model: nn.Module) -> tuple[dict[str, Tensor], PeftConfig]:
+    """Return the tensors by PEFT's names, and the configuration with which they go on the model."""
+    if not isinstance(saved, LoraFile):
+        return saved.tensors(), _peft_config(saved)
+    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    tensors, ranks = read_lora(saved.folder, saved.metadata, plain)
+    rank = max(ranks.values())  # alpha is the rank everywhere, as the tensors hold the files' own
+    return tensors, LoraConfig(r=rank, lora_alpha=rank, target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)
 
 
 def _peft_config(saved: SavedAdapter) -> PeftConfig:

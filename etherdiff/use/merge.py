@@ -17,12 +17,13 @@ from torch import Tensor
 from etherdiff.adapters.io import load_adapters, merge_adapter, read_adapter
 from etherdiff.config import MergeOptions
 from etherdiff.control.pipeline import HintEncoder, add_code
+from etherdiff.families.bases import find_base
 from etherdiff.families.sd1 import COMPONENTS, Base, encode_prompts, load_base, save_text_encoder, variant_of, weight_files
 from etherdiff.families.single_file import write_single_file
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import save_tensors, staged_file, staged_folder
 from etherdiff.system.terminal import say
-from etherdiff.use.generate import run_source
+from etherdiff.use.generate import Source, run_source
 from etherdiff.use.proof import PROOF_PROMPT, TOLERANCE, decode, predict, prove, refuse_existing, refuse_unfit_file, trained_on
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -31,9 +32,16 @@ PICKLE_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth"}
 UNET_WEIGHTS = VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def merge_run(run: Path, options: MergeOptions) -> dict[str, Any]:
-    """Write a run's pipeline: see `merge_to_folder`. The report also has holds_code: whether the run is controllable."""
-    source = run_source(run, "everything")
+def merge_run(run: Path | None, options: MergeOptions) -> dict[str, Any]:
+    """Write the pipeline of a run, or of a base and adapters: see `merge_to_folder`.
+
+    The report also has holds_code: whether the run is controllable.
+    """
+    if (run is None) == (options.base is None) or bool(options.adapter) != (options.base is not None):
+        raise UserError("give either a run, or --base with --adapter")
+    source = (
+        run_source(run, "everything") if run else Source(find_base(str(options.base), parts="everything"), [*options.adapter])
+    )
     adapters, precision = [(path, options.scale) for path in source.adapters], PRECISIONS[options.dtype]
     report = merge_to_folder(source.base, adapters, options.output, precision, options.single_file, source.hint_encoder)
     return report | {"holds_code": source.hint_encoder is not None}
