@@ -78,8 +78,9 @@ class Source:
     @cached_property
     def weights(self) -> str:
         """Digest of all weights and configurations that draw."""
-        folders = [read_adapter(folder).folder for folder in self.adapters] + [*filter(None, [self.hint_encoder])]
-        files = [path for folder in folders for path in sorted(folder.glob("*")) if path.suffix in (".json", ".safetensors")]
+        places = [read_adapter(place).folder for place in self.adapters] + [*filter(None, [self.hint_encoder])]
+        content = [path for place in places for path in ([place] if place.is_file() else sorted(place.glob("*")))]
+        files = [path for path in content if path.suffix in (".json", ".safetensors")]
         return digest({"base": fingerprint(self.base), "on it": [[path.name, file_hash(path)] for path in files]})
 
     @cached_property

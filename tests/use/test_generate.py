@@ -218,6 +218,16 @@ def test_identifier_and_class_noun_are_filled_in_as_eval_does(tmp_path):
     assert module._fill_in(module.Source(base, [], run), templates) == ["a {class_noun} [v] ball", " a {place} "]
 
 
+def test_weights_of_a_lora_file_count(tmp_path, monkeypatch):
+    base, path = plan_drawing(options(tmp_path)).source.base, tmp_path / "a.safetensors"
+    monkeypatch.setattr(module, "read_adapter", lambda place: SimpleNamespace(folder=place))
+    found = []
+    for content in (b"one", b"other"):
+        path.write_bytes(content)
+        found.append(module.Source(base, [path]).weights)
+    assert found[0] != found[1]
+
+
 def test_what_is_cut_off_and_what_means_nothing_is_said(tmp_path, capsys):
     long = " ".join(["ball"] * 75) + " in the desert"
     plan_drawing(options(tmp_path, prompt=[long, "a (ball:1.5)"], negative_prompt=long))
