@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from etherdiff.runs.folder import RunFolder, is_sealed
-from etherdiff.tiny.dreambooth import render_folder
+from etherdiff.tiny.world import render_folder
 from etherdiff.train.checkpoint import newest_checkpoint
 
 STEPS_PER_KILL = 12

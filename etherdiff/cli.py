@@ -379,12 +379,12 @@ def check_data(
     as_json: JsonOption = False,
 ) -> None:
     """Read every image and control: what is unreadable, mismatched, outside the palette, without a caption, or there twice."""
-    from etherdiff.control import check
+    from etherdiff.control import datasets
     from etherdiff.system.files import data_root
 
     root = data_root(options.data_root)
-    report = check.check_dataset(dataset, root, signal=options.signal, palette=options.palette, captions=options.captions)
-    _print(report.as_json() if as_json else report, as_json, check.render)
+    report = datasets.check_dataset(dataset, root, signal=options.signal, palette=options.palette, captions=options.captions)
+    _print(report.as_json() if as_json else report, as_json, datasets.render)
     if report.problems:
         raise UserError(report.sentences())
 

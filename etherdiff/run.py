@@ -24,7 +24,7 @@ from etherdiff.system.text import program
 from etherdiff.tasks import plan_training
 from etherdiff.tasks.task import Training
 from etherdiff.train.batches import StepBatches
-from etherdiff.train.checkpoint import newest_checkpoint, read_step
+from etherdiff.train.checkpoint import check_machine, newest_checkpoint, read_step, reopen, resume_from_checkpoint
 from etherdiff.train.loop import (
     TrainingState,
     fit,
@@ -34,7 +34,6 @@ from etherdiff.train.loop import (
     ways_to_save_memory,
 )
 from etherdiff.train.recorder import Clock, Recorder, write_cost
-from etherdiff.train.resume import check_machine, reopen, resume_from_checkpoint
 
 
 def train(config: TrainConfig) -> Path:

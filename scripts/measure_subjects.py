@@ -24,10 +24,8 @@ from transformers import UperNetForSemanticSegmentation
 from etherdiff.images.writing import contact_sheet
 from etherdiff.system.files import ASSETS
 from etherdiff.system.terminal import quiet_libraries, say
-from etherdiff.tiny.captions import ON, UNDER
-from etherdiff.tiny.dreambooth import PROMPTS, subject_folder
 from etherdiff.tiny.things import SUBJECTS
-from etherdiff.tiny.world import CLASSES, GROUNDS, SKIES
+from etherdiff.tiny.world import CLASSES, GROUNDS, ON, PROMPTS, SKIES, UNDER, subject_folder
 
 SCORES = ("dino_held_out", "clip_i_held_out", "clip_t")
 OPTIONS = "--method ether+ --learning-rate 0.02 --debiased-estimation --steps 300 --batch-size 4 --eval-every 150"

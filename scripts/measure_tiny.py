@@ -18,7 +18,7 @@ from tiny_world.judge import Judgement, judge
 from transformers import AutoModel, AutoTokenizer, CLIPModel, ResNetForImageClassification, UperNetForSemanticSegmentation
 
 from etherdiff.families.bases import find_base
-from etherdiff.families.sampling import sample
+from etherdiff.families.diffusion import sample
 from etherdiff.families.sd1 import load_base, make_pipeline
 from etherdiff.system.files import ASSETS
 from etherdiff.system.terminal import quiet_libraries, say, track

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from etherdiff.tiny.dreambooth import IMAGES
-from etherdiff.tiny.world import render_subject
+from etherdiff.tiny.world import IMAGES, render_subject
 
 SIZE = 256
 

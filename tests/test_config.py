@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from etherdiff import config as config_module
 from etherdiff.adapters.methods import METHODS, TARGETS
 from etherdiff.config import METHOD_NAMES, TARGET_NAMES, DreamBoothConfig, TrainConfig, load_run_config, read_config
-from etherdiff.families.sampling import PAPER_SAMPLING, S2I_SAMPLING
+from etherdiff.families.diffusion import PAPER_SAMPLING, S2I_SAMPLING
 from etherdiff.runs.folder import RunFolder, write_settings
 from etherdiff.system.errors import UserError
 

@@ -41,7 +41,7 @@ from etherdiff.system.errors import NotFiniteError, RunError, UserError
 from etherdiff.system.files import remove_temporary, staged_folder, temporary_path
 from etherdiff.system.locks import LOCK, run_lock
 from etherdiff.system.terminal import console
-from etherdiff.tasks import samples as samples_module
+from etherdiff.tasks import task as task_module
 from etherdiff.tasks.task import DenoisingLoss
 from etherdiff.train import loop as loop_module
 from etherdiff.train import recorder as recorder_module
@@ -531,7 +531,7 @@ def test_the_tracker_forgets_what_is_logged_again(tmp_path):
 
 @pytest.mark.parametrize("fault", ["the pipeline", "the disk", "the base's own"])
 def test_sample_images_that_fail_do_not_stop_the_run(fault, whole, tmp_path, monkeypatch):
-    run, sample, calls = tmp_path / "run", samples_module.sample, []
+    run, sample, calls = tmp_path / "run", task_module.sample, []
 
     def failing(*args, **more):
         calls.append(args)
@@ -542,7 +542,7 @@ def test_sample_images_that_fail_do_not_stop_the_run(fault, whole, tmp_path, mon
             (run / "samples").write_text("a file where the folder should be")
         return sample(*args, **more)
 
-    monkeypatch.setattr(samples_module, "sample", failing)
+    monkeypatch.setattr(task_module, "sample", failing)
     with Told() as told:
         train_dreambooth(small_config(run, sample_every=3, sample_count=1))
     assert "sample images" in told.text

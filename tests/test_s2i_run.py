@@ -16,14 +16,14 @@ from etherdiff.adapters.io import load_adapter, load_adapters
 from etherdiff.config import GenerateOptions, S2IConfig
 from etherdiff.control.pipeline import HintEncoder, added_hint
 from etherdiff.families.bases import find_base
-from etherdiff.families.sampling import S2I_SAMPLING
+from etherdiff.families.diffusion import S2I_SAMPLING
 from etherdiff.families.sd1 import encode_prompts, load_base
 from etherdiff.images.writing import read_png_settings
 from etherdiff.run import resume, train_s2i
 from etherdiff.runs.model import load_control_run
 from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
-from etherdiff.tasks.samples import as_tensor
+from etherdiff.tasks.task import as_tensor
 from etherdiff.use.export import export_adapter
 from etherdiff.use.generate import generate, run_source
 from etherdiff.use.inspection import dry_run

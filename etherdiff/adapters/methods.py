@@ -14,6 +14,7 @@ from peft import BOFTConfig, HRAConfig, LoraConfig, OFTConfig, PeftConfig, PeftM
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from etherdiff.adapters.baselines import MagnitudeConfig, MagnitudeLayer, NaiveConfig, NaiveLayer
 from etherdiff.adapters.ether import EtherConfig, EtherLayer
 from etherdiff.adapters.layers import (
     AdapterLayer,
@@ -25,8 +26,6 @@ from etherdiff.adapters.layers import (
     WholeModel,
     quiet_boft,
 )
-from etherdiff.adapters.magnitude import MagnitudeConfig, MagnitudeLayer
-from etherdiff.adapters.naive import NaiveConfig, NaiveLayer
 from etherdiff.adapters.tuner import layer_problem
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

@@ -18,7 +18,7 @@ from etherdiff.adapters.io import save_adapter
 from etherdiff.config import DreamBoothConfig
 from etherdiff.eval.networks import PRESETS, Backbone, choose_preset, find_backbones
 from etherdiff.eval.scores import PromptImages, Scoring, score_images
-from etherdiff.families.sampling import PAPER_SAMPLING, sample, slug
+from etherdiff.families.diffusion import PAPER_SAMPLING, sample, slug
 from etherdiff.families.sd1 import StableDiffusion, encode_prompts, make_pipeline
 from etherdiff.images.writing import save_png
 from etherdiff.runs.folder import RunFolder, read_metrics

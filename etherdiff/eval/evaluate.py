@@ -26,7 +26,7 @@ from etherdiff.eval.intervals import interval_text
 from etherdiff.eval.judges import Judge, find_judge, find_networks, option_problems, refuse_too_few
 from etherdiff.eval.metrics import METRICS, metric_of
 from etherdiff.eval.networks import versions_of
-from etherdiff.families.sampling import sheet
+from etherdiff.families.diffusion import sheet
 from etherdiff.images.reading import read_image
 from etherdiff.images.writing import is_whole, save_png
 from etherdiff.runs.result import named_differences

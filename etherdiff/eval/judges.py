@@ -21,7 +21,7 @@ from etherdiff.eval.metrics import CONTROL_METRICS, CONTROL_ROLES, METRICS, PROM
 from etherdiff.eval.networks import PRESETS, ROLES, Backbone, choose_preset, find_backbones
 from etherdiff.eval.paper import paper_of_maps, paper_of_subject
 from etherdiff.eval.scores import PromptImages, Scoring, score_images
-from etherdiff.families.sampling import chunks
+from etherdiff.families.diffusion import chunks
 from etherdiff.system.devices import device_problem, resolve_device
 from etherdiff.system.errors import Problems, UserError
 from etherdiff.tasks.control_sets import REAL, ControlImageSets

@@ -6,7 +6,7 @@ from typing import Any
 
 from etherdiff.config import PerturbConfig, TrainConfig
 from etherdiff.eval.metrics import METRICS
-from etherdiff.families.sampling import PAPER_SAMPLING
+from etherdiff.families.diffusion import PAPER_SAMPLING
 from etherdiff.runs.result import differences
 from etherdiff.runs.run import Run
 from etherdiff.tasks.control_sets import MAX_MAPS, ControlImageSets

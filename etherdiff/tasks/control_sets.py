@@ -14,7 +14,7 @@ from PIL import Image
 from etherdiff.config import ControlEvalOptions, S2IConfig
 from etherdiff.control.datasets import ControlDataset, Pair
 from etherdiff.families.bases import find_base
-from etherdiff.families.sampling import S2I_SAMPLING, chunks, sample, slug
+from etherdiff.families.diffusion import S2I_SAMPLING, chunks, sample, slug
 from etherdiff.images.reading import UnreadableImage, read_image, resize_and_crop
 from etherdiff.runs.model import load_control_run, open_control_run, run_dataset
 from etherdiff.runs.run import Run

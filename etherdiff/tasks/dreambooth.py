@@ -15,7 +15,7 @@ from torch import Tensor
 
 from etherdiff.adapters.methods import METHODS
 from etherdiff.config import DreamBoothConfig
-from etherdiff.families.sampling import PAPER_SAMPLING, sample, slug
+from etherdiff.families.diffusion import PAPER_SAMPLING, sample, slug
 from etherdiff.families.sd1 import Base, StableDiffusion, encode_prompts, load_tokenizer, make_pipeline
 from etherdiff.images.reading import Photos, read_image, read_photos, resize_and_crop, to_array
 from etherdiff.images.writing import save_png
@@ -24,15 +24,13 @@ from etherdiff.system.errors import Problems
 from etherdiff.system.files import cache_dir, digest, remove_temporary
 from etherdiff.system.terminal import track, warn
 from etherdiff.tasks.planning import TrainPlan, absolute, check_common, check_subject, warn_of_long_texts
-from etherdiff.tasks.samples import Sampler, Shot
 from etherdiff.tasks.subject_sets import find_subject_sets
 from etherdiff.tasks.subjects import Subject, photo_of, warn_of_copies, warn_of_left_out
-from etherdiff.tasks.task import DenoisingLoss, LiveScorer, Trainee, Training
-from etherdiff.train.batches import CLASS_DRAWS, ImageSource, Item, StepBatches
+from etherdiff.tasks.task import DenoisingLoss, LiveScorer, Sampler, Shot, Trainee, Training
+from etherdiff.train.batches import CLASS_DRAWS, ImageSource, Item, Moments, StepBatches, stored_moments
 from etherdiff.train.loop import Batch
 from etherdiff.train.randomness import Draw, uniform
 from etherdiff.train.recorder import Watcher
-from etherdiff.train.store import Moments, stored_moments
 
 PAPER_CLASS_IMAGES = 200
 TINY_CLASS_IMAGES = 20  # drawing the paper's 200 would take longer than a few hundred steps

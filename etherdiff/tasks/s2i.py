@@ -21,7 +21,7 @@ from etherdiff.adapters.methods import METHODS, magnitude_config
 from etherdiff.config import S2IConfig
 from etherdiff.control.datasets import ControlDataset, Pair
 from etherdiff.control.pipeline import HintEncoder
-from etherdiff.families.sampling import S2I_SAMPLING
+from etherdiff.families.diffusion import S2I_SAMPLING
 from etherdiff.families.sd1 import StableDiffusion, encode_prompts
 from etherdiff.images.reading import to_array
 from etherdiff.runs.folder import RunFolder
@@ -32,11 +32,9 @@ from etherdiff.system.files import cache_dir, copy_folder, remove_temporary, unc
 from etherdiff.system.terminal import track
 from etherdiff.tasks.control_sets import find_control_sets, square
 from etherdiff.tasks.planning import TrainPlan, absolute, check_common, warn_of_long_texts
-from etherdiff.tasks.samples import Sampler, Shot
-from etherdiff.tasks.task import DenoisingLoss, Trainee, Training, save_result
-from etherdiff.train.batches import ImageSource, Item, StepBatches
+from etherdiff.tasks.task import DenoisingLoss, Sampler, Shot, Trainee, Training, save_result
+from etherdiff.train.batches import ImageSource, Item, Moments, StepBatches, images_at_once, stored_moments
 from etherdiff.train.loop import Batch, ParameterGroup
-from etherdiff.train.store import Moments, images_at_once, stored_moments
 
 MAX_ENCODER_RATE = 1e-4
 """The control encoder's learning rate at most, and with the method `none` (ETHER paper, appendix C)."""

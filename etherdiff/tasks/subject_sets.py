@@ -12,7 +12,7 @@ from PIL import Image
 
 from etherdiff.config import DreamBoothConfig, SubjectConfig, SubjectEvalOptions
 from etherdiff.families.bases import find_base
-from etherdiff.families.sampling import PAPER_SAMPLING, chunks, sample, slug
+from etherdiff.families.diffusion import PAPER_SAMPLING, chunks, sample, slug
 from etherdiff.families.sd1 import Base, load_base, make_pipeline
 from etherdiff.images.reading import read_photos
 from etherdiff.runs.model import refuse_other_base

@@ -23,9 +23,9 @@ from etherdiff.system.files import ASSETS
 from etherdiff.system.hub import fetch, find_cached
 from etherdiff.system.terminal import warn
 from etherdiff.system.text import listed, read_user_text
-from etherdiff.tiny.dreambooth import PROMPTS as TINY_PROMPTS
-from etherdiff.tiny.dreambooth import subject_folder
 from etherdiff.tiny.things import SUBJECTS as TINY_SUBJECTS
+from etherdiff.tiny.world import PROMPTS as TINY_PROMPTS
+from etherdiff.tiny.world import subject_folder
 
 HUB_DATASET = "google/dreambooth"
 """The Hugging Face hub dataset with the 30 subjects, as dataset/NAME/*.jpg."""

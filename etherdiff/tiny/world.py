@@ -5,11 +5,13 @@ that the DreamBooth subjects have (`SUBJECTS`) are in none of them.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from etherdiff.tiny.captions import full_caption, loose_caption, short_caption
+from etherdiff.system.files import cache_dir, make_once
 from etherdiff.tiny.scenery import GROUNDS, SIZE, SKIES, draw_ground, draw_sky, light_under
 from etherdiff.tiny.things import (
     COLOURS,
@@ -219,3 +221,145 @@ def _window(x: float, y: float, reach: float) -> tuple[slice, slice]:
     """Return the part of the canvas within reach of a point."""
     top, left = max(int(y - reach), 0), max(int(x - reach), 0)
     return slice(top, min(int(y + reach) + 2, SIZE)), slice(left, min(int(x + reach) + 2, SIZE))
+
+
+_PREFIXES = ("a photo of ", "a picture of ", "")
+UNDER = {
+    "clear sky": ("under a clear sky", "under a blue sky", "on a clear day"),
+    "cloudy sky": ("under a cloudy sky", "on a cloudy day"),
+    "night sky": ("under a night sky", "at night"),
+    "sunset sky": ("under a sunset sky", "at sunset"),
+    "rainy sky": ("under a rainy sky", "in the rain"),
+}
+ON = {
+    "grass": ("on grass", "on the grass"),
+    "sand": ("on sand", "on the sand"),
+    "snow": ("on snow", "in the snow"),
+    "water": ("on water", "floating on water"),
+    "bricks": ("on bricks", "on a brick floor"),
+    "wood": ("on wood", "on a wooden floor"),
+}
+
+
+def full_caption(rng: np.random.Generator, things: tuple[Thing, ...], ground: str, sky: str) -> str:
+    """Describe everything there is: all things with their patterns, the ground and the sky, in one of several orders."""
+    named = _listed(rng, [thing_phrase(rng, thing) for thing in things])
+    on, under = _pick(rng, ON[ground]), _pick(rng, UNDER[sky])
+    prefix = _pick(rng, _PREFIXES)
+    form = rng.integers(10)
+    if form < 6:
+        return f"{prefix}{named} {on} {under}"
+    if form < 8:
+        return f"{prefix}{named} {under}, {on}"
+    return f"{under}, {named} {on}"
+
+
+def loose_caption(rng: np.random.Generator, things: tuple[Thing, ...], ground: str, sky: str) -> str:
+    """Describe some of it: some or all things, described more or less, with the ground, the sky, or neither."""
+    some = things if rng.random() < 0.6 else things[: rng.integers(1, len(things) + 1)]
+    named = _listed(rng, [_loose_phrase(rng, thing) for thing in some])
+    places = [("",), (_pick(rng, ON[ground]),), (_pick(rng, UNDER[sky]),)][rng.choice(3, p=(0.4, 0.4, 0.2))]
+    return " ".join(part for part in (_pick(rng, _PREFIXES) + named, *places) if part)
+
+
+def short_caption(rng: np.random.Generator, things: tuple[Thing, ...]) -> str:
+    """Name one thing only, by its kind and perhaps its colour, as captioners do; or without article, as DreamBooth does."""
+    thing = things[rng.integers(len(things))]
+    noun = thing.kind if rng.random() < 0.4 else f"{thing.colour} {thing.kind}"
+    return f"a photo of {noun if rng.random() < 0.3 else _article(noun)}"
+
+
+def thing_phrase(rng: np.random.Generator, thing: Thing) -> str:
+    """Return a thing by all its names: 'a red and blue striped ball with a black outline'."""
+    first, second, kind = thing.colour, thing.second, thing.kind
+    outlined = thing.outline is not None
+    phrases = {
+        "plain": (f"{first} {kind}",),
+        "striped": (f"{first} and {second} striped {kind}", f"{first} {kind} with {second} stripes"),
+        "dotted": (f"{first} {kind} with {second} dots", f"{first} and {second} dotted {kind}"),
+        "two-tone": (f"half {first} half {second} {kind}", f"two-tone {first} and {second} {kind}"),
+        "checkered": (f"{first} and {second} checkered {kind}",),
+    }[thing.pattern]
+    phrase = _pick(rng, phrases)
+    if not outlined:
+        return _article(phrase)
+    if rng.random() < 0.5:
+        return _article(f"{thing.outline} outlined {phrase}")
+    joint = " and" if " with " in phrase else " with"
+    return _article(f"{phrase}{joint} a {thing.outline} outline")
+
+
+def _loose_phrase(rng: np.random.Generator, thing: Thing) -> str:
+    form = rng.integers(10)
+    if form < 4:
+        return thing_phrase(rng, thing)
+    if form < 6:
+        return _article(f"{thing.colour} {thing.kind}")
+    if form < 7 and thing.pattern != "plain":
+        return _article(f"{thing.pattern} {thing.kind}")
+    return _article(thing.kind)
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def _listed(rng: np.random.Generator, phrases: list[str]) -> str:
+    if len(phrases) == 2:
+        return _pick(rng, (" and ", " and ", " next to ", " beside ")).join(phrases)
+    return ", ".join(phrases[:-1]) + f" and {phrases[-1]}" if len(phrases) > 2 else phrases[0]
+
+
+def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    return options[rng.integers(len(options))]
+
+
+IMAGES = 5
+HELD_OUT = 16
+VERSION = 1  # of what is rendered here; a new version is rendered into a folder of its own
+
+PROMPTS = (
+    "a {identifier} {class_noun} on grass",
+    "a {identifier} {class_noun} on sand",
+    "a {identifier} {class_noun} in the snow",
+    "a {identifier} {class_noun} floating on water",
+    "a {identifier} {class_noun} on a brick floor",
+    "a {identifier} {class_noun} on a wooden floor",
+    "a {identifier} {class_noun} under a clear sky",
+    "a {identifier} {class_noun} on a cloudy day",
+    "a {identifier} {class_noun} at night",
+    "a {identifier} {class_noun} at sunset",
+    "a {identifier} {class_noun} in the rain",
+    "a {identifier} {class_noun} on sand at night",
+    "a {identifier} {class_noun} in the snow at sunset",
+    "a {identifier} {class_noun} on a wooden floor on a cloudy day",
+    "a {identifier} {class_noun} floating on water in the rain",
+    "a {identifier} {class_noun} on grass at sunset",
+    "a {identifier} {class_noun} on a brick floor at night",
+    "a {identifier} {class_noun} next to a green star",
+    "a {identifier} {class_noun} and a purple heart in the snow",
+    "a {identifier} {class_noun} beside a white mug on grass",
+    "a {identifier} {class_noun} and a black house at sunset",
+    "a red {identifier} {class_noun}",
+    "a purple {identifier} {class_noun}",
+    "a dotted {identifier} {class_noun}",
+    "a black outlined {identifier} {class_noun}",
+)
+"""25 prompts in the manner of DreamBooth's, of what the tiny base knows: grounds, skies, company, properties."""
+
+
+def subject_folder(name: str) -> Path:
+    """Return the subject's images, rendered in the cache on first use: 00.png to 04.png, and held_out/00.png to 15.png."""
+    return make_once(cache_dir() / f"tiny-subjects-{VERSION}" / name, lambda folder: render_folder(name, folder))
+
+
+def render_folder(name: str, folder: Path) -> None:
+    """Write a subject's images to learn from and, in held_out/, those to judge by.
+
+    Raises:
+        KeyError: no such subject.
+    """
+    for held_out, count, target in ((False, IMAGES, folder), (True, HELD_OUT, folder / "held_out")):
+        target.mkdir(parents=True, exist_ok=True)
+        for view in range(count):
+            Image.fromarray(render_subject(name, view, held_out).image).save(target / f"{view:02d}.png")

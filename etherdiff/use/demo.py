@@ -8,7 +8,7 @@ from PIL import Image
 from etherdiff.config import DreamBoothConfig, ExportOptions, MergeOptions, SubjectEvalOptions
 from etherdiff.eval.evaluate import evaluate
 from etherdiff.eval.metrics import HELD_OUT
-from etherdiff.families.sampling import sheet, slug
+from etherdiff.families.diffusion import sheet, slug
 from etherdiff.images.reading import list_images, read_image
 from etherdiff.images.writing import contact_sheet
 from etherdiff.runs.folder import RunFolder
@@ -18,8 +18,8 @@ from etherdiff.system.terminal import say
 from etherdiff.tasks.image_sets import IMAGES
 from etherdiff.tasks.subject_sets import BASE_IMAGES
 from etherdiff.tasks.subjects import make_prompts, prompts_for
-from etherdiff.tiny.dreambooth import render_folder
 from etherdiff.tiny.things import SUBJECTS
+from etherdiff.tiny.world import render_folder
 from etherdiff.use.export import export_run
 from etherdiff.use.merge import merge_run
 

@@ -23,7 +23,7 @@ from etherdiff.config import GenerateOptions, S2IConfig, SubjectConfig
 from etherdiff.control.signals import SIGNALS, recorded_signal
 from etherdiff.control.signals.signal import Signal
 from etherdiff.families.bases import Parts, find_base
-from etherdiff.families.sampling import PAPER_SAMPLING, S2I_SAMPLING, chunks, sample, sheet, slug
+from etherdiff.families.diffusion import PAPER_SAMPLING, S2I_SAMPLING, chunks, sample, sheet, slug
 from etherdiff.families.sd1 import (
     Base,
     cut_off,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from etherdiff.families.loss import min_snr_weight
+from etherdiff.families.diffusion import min_snr_weight
 from etherdiff.system.files import staged_file
 from etherdiff.system.terminal import track
 from etherdiff.train.randomness import Draw, generator

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from etherdiff.tiny.captions import full_caption, thing_phrase
 from etherdiff.tiny.things import Thing
-from etherdiff.tiny.world import COLOURS, GROUNDS, KINDS, PATTERNS, SKIES, sample_allowed
+from etherdiff.tiny.world import COLOURS, GROUNDS, KINDS, PATTERNS, SKIES, full_caption, sample_allowed, thing_phrase
 from etherdiff.train.randomness import Draw, generator
 from tiny_world.tokenizer import tokenize
 from tiny_world.training import Schedule, seeded, train

@@ -17,8 +17,7 @@ from transformers import CLIPTokenizer
 
 from etherdiff.families.bases import shipped_config
 from etherdiff.tasks.subjects import LIVE_PROMPTS, OBJECT_PROMPTS, SUBJECT_CLASSES
-from etherdiff.tiny.dreambooth import PROMPTS
-from etherdiff.tiny.world import render_scene
+from etherdiff.tiny.world import PROMPTS, render_scene
 
 COMMON_MERGES = 900
 SCENES = 400  # whose captions show the world's words

@@ -12,9 +12,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from etherdiff.adapters.baselines import MagnitudeConfig, MagnitudeLayer, MagnitudeModel, NaiveConfig, NaiveLayer, NaiveModel
 from etherdiff.adapters.ether import EtherConfig, EtherLayer, EtherModel
-from etherdiff.adapters.magnitude import MagnitudeConfig, MagnitudeLayer, MagnitudeModel
-from etherdiff.adapters.naive import NaiveConfig, NaiveLayer, NaiveModel
 from etherdiff.adapters.tuner import UpdateLayer, UpdateTuner
 
 OURS = [

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from etherdiff.adapters import EtherConfig
 from etherdiff.adapters.analysis import adapter_drift, distance_problem, perturb_adapter
+from etherdiff.adapters.baselines import away_from_identity
 from etherdiff.adapters.ether import REFLECTION_DISTANCE
 from etherdiff.adapters.layers import scaled_skew
 from etherdiff.adapters.methods import METHODS, MethodOptions, add_adapter
-from etherdiff.adapters.naive import away_from_identity
 from etherdiff.adapters.reflection import at_angle
 from etherdiff.config import PERTURB_METHOD_NAMES
 

@@ -9,8 +9,7 @@ from typer.testing import CliRunner
 
 from etherdiff import cli
 from etherdiff.control import inspection
-from etherdiff.control.check import check_dataset, render
-from etherdiff.control.datasets import find_dataset
+from etherdiff.control.datasets import check_dataset, find_dataset, render
 from etherdiff.images.reading import read_image
 from etherdiff.system.errors import UserError
 from etherdiff.tiny.world import CLASSES, render_scene

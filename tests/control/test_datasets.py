@@ -10,11 +10,10 @@ import pytest
 from PIL import Image
 
 from etherdiff.control import datasets
-from etherdiff.control.check import check_dataset
-from etherdiff.control.datasets import find_dataset, list_dataset
-from etherdiff.control.readers import Row, hub, tiny_world
-from etherdiff.control.readers.hub import unpack
-from etherdiff.control.readers.imagefolder import read_imagefolder, split_by_name
+from etherdiff.control.datasets import check_dataset, find_dataset, list_dataset
+from etherdiff.control.readers import Row, tiny_world
+from etherdiff.control.readers import imagefolder as imagefolder_module
+from etherdiff.control.readers.imagefolder import read_imagefolder, split_by_name, unpack
 from etherdiff.images.reading import resize_and_crop
 from etherdiff.system.errors import UserError
 from etherdiff.tiny.world import render_scene
@@ -286,7 +285,7 @@ def test_a_hub_dataset_is_unpacked_once(monkeypatch, tmp_path):
     assert len(found.evaluation) == 1
     assert found.training[2].image.read_bytes() == hub_row(2, "")["image"]["bytes"]
     assert (found.signal.target(found.training[0].control, 4) == 2).all()
-    monkeypatch.setattr(hub, "unpack", lambda *_: pytest.fail("unpacked again"))
+    monkeypatch.setattr(imagefolder_module, "unpack", lambda *_: pytest.fail("unpacked again"))
     assert find_dataset("ade20k", None) == found
 
 

@@ -15,7 +15,7 @@ from etherdiff.config import DreamBoothConfig, read_config
 from etherdiff.eval import best as module
 from etherdiff.eval.best import combined, curve_prompts, find_best, say_best
 from etherdiff.eval.networks import PRESETS
-from etherdiff.families.sampling import sample
+from etherdiff.families.diffusion import sample
 from etherdiff.images.writing import read_png_settings
 from etherdiff.run import resume, train_dreambooth
 from etherdiff.runs.folder import RunFolder
@@ -23,7 +23,7 @@ from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 from etherdiff.tasks.image_sets import find_trained
 from etherdiff.train import recorder as recorder_module
-from etherdiff.train.resume import restore_best
+from etherdiff.train.checkpoint import restore_best
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CURVE = {

@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
 from etherdiff.families.bases import find_base
-from etherdiff.families.loss import debiased_weight, denoising_loss, loss_weighting, min_snr_weight
+from etherdiff.families.diffusion import debiased_weight, denoising_loss, loss_weighting, min_snr_weight
 from etherdiff.families.sd1 import load_base
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from etherdiff.families.sampling import sample
+from etherdiff.families.diffusion import sample
 from etherdiff.families.sd1 import cut_off, encode_long_prompts, encode_prompts, make_pipeline
 from etherdiff.system.errors import RunError
 

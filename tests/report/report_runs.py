@@ -15,7 +15,7 @@ from etherdiff.adapters.io import load_adapter, merge_adapter, save_adapter
 from etherdiff.adapters.methods import ATTENTION, MethodOptions, add_adapter, magnitude_config
 from etherdiff.config import DreamBoothConfig, S2IConfig
 from etherdiff.families.bases import find_base
-from etherdiff.families.sampling import slug
+from etherdiff.families.diffusion import slug
 from etherdiff.families.sd1 import Base, fingerprint, load_base
 from etherdiff.images.writing import save_png
 from etherdiff.runs.folder import RunFolder, write_settings

@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from etherdiff.families.bases import shipped_config
 from etherdiff.tasks.subjects import SUBJECT_CLASSES, make_prompts, prompts_for
-from etherdiff.tiny import dreambooth
+from etherdiff.tiny import world
 from etherdiff.tiny.world import CLASSES, render_scene
 
 
@@ -54,7 +54,7 @@ def dreambooth_prompts():
 
 
 def tiny_prompts():
-    return [prompt.format(identifier="sks", class_noun="mushroom") for prompt in dreambooth.PROMPTS]
+    return [prompt.format(identifier="sks", class_noun="mushroom") for prompt in world.PROMPTS]
 
 
 def world_captions():

@@ -7,9 +7,8 @@ from tiny_world import diffusion, reading
 from tiny_world.tokenizer import write_tokenizer
 from transformers import CLIPTokenizer
 
-from etherdiff.tiny.captions import full_caption
 from etherdiff.tiny.things import KINDS
-from etherdiff.tiny.world import render_scene
+from etherdiff.tiny.world import full_caption, render_scene
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ from sweeps.sweep_files import write_file
 
 from etherdiff.config import SweepOptions
 from etherdiff.sweeps.execute import Outcome
-from etherdiff.sweeps.progress import Progress, last_row
 from etherdiff.sweeps.runs import write_state
-from etherdiff.sweeps.sweep import plan_sweep
+from etherdiff.sweeps.sweep import Progress, last_row, plan_sweep
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -54,7 +53,7 @@ def test_the_table_has_counts_and_a_row_for_what_is_worked_on(runs, capsys):
 
 
 def test_a_terminal_gets_the_table_and_the_lines(runs, monkeypatch, capsys):
-    monkeypatch.setattr("etherdiff.sweeps.progress.console", Console(stderr=True, force_terminal=True, width=160))
+    monkeypatch.setattr("etherdiff.sweeps.sweep.console", Console(stderr=True, force_terminal=True, width=160))
     with Progress(runs, 0, "this") as progress:
         progress.update([Outcome(runs[0].name, None, 1, 3)])
     said = capsys.readouterr().err

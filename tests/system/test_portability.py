@@ -6,7 +6,7 @@ import sys
 import pytest
 from filelock import Timeout
 
-from etherdiff.families.sampling import slug
+from etherdiff.families.diffusion import slug
 from etherdiff.system import files, locks
 from etherdiff.system.devices import peak_memory
 from etherdiff.system.errors import UserError

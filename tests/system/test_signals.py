@@ -12,7 +12,7 @@ from etherdiff import cli
 from etherdiff.run import resume, train_dreambooth
 from etherdiff.system import signals
 from etherdiff.system.errors import Stopped
-from etherdiff.tasks import samples as samples_module
+from etherdiff.tasks import task as task_module
 from etherdiff.train.batches import StepBatches
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("another_process")]
@@ -146,7 +146,7 @@ def test_a_signal_in_the_last_step_lets_the_run_end(whole, tmp_path, signal_in_s
 
 
 def test_sample_images_are_cut_short_and_drawn_when_the_run_goes_on(whole, tmp_path, monkeypatch):
-    sample, calls = samples_module.sample, []
+    sample, calls = task_module.sample, []
 
     def interrupted(*args, **more):
         calls.append(args)
@@ -154,7 +154,7 @@ def test_sample_images_are_cut_short_and_drawn_when_the_run_goes_on(whole, tmp_p
             signal.raise_signal(signal.SIGTERM)
         return sample(*args, **more)
 
-    monkeypatch.setattr(samples_module, "sample", interrupted)
+    monkeypatch.setattr(task_module, "sample", interrupted)
     options = {"sample_every": 3, "sample_count": 1}
     with signals.stop_signals(), pytest.raises(Stopped, match="step 3"):
         train_dreambooth(small_config(tmp_path / "run", **options))

@@ -10,8 +10,8 @@ from rich.table import Table
 
 import etherdiff
 from etherdiff import cli
-from etherdiff.control.check import Report
-from etherdiff.control.check import render as render_check
+from etherdiff.control.datasets import Report
+from etherdiff.control.datasets import render as render_check
 from etherdiff.eval.compare import ComparedRun, as_table
 from etherdiff.system import terminal
 

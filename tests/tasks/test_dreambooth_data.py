@@ -15,9 +15,8 @@ from etherdiff.families.sd1 import encode_prompts, load_base
 from etherdiff.images.reading import read_photos, resize_and_crop
 from etherdiff.tasks.dreambooth import crop_windows, image_moments, make_batches
 from etherdiff.tasks.task import DenoisingLoss
-from etherdiff.train import store
-from etherdiff.train.batches import VALIDATION_TIMESTEPS, StepBatches
-from etherdiff.train.store import Moments
+from etherdiff.train import batches
+from etherdiff.train.batches import VALIDATION_TIMESTEPS, Moments, StepBatches
 
 SHAPE = (4, 3, 3)  # of a latent
 
@@ -258,8 +257,8 @@ def test_images_are_scaled_to_the_resolution(model, hashes):
 
 def test_moments_are_encoded_once_and_again_when_anything_changes(model, hashes, pictures, monkeypatch):
     calls = []
-    compute = store._compute
-    monkeypatch.setattr(store, "_compute", lambda *args: calls.append(args) or compute(*args))
+    compute = batches._compute
+    monkeypatch.setattr(batches, "_compute", lambda *args: calls.append(args) or compute(*args))
     config = DreamBoothConfig(subject="x", resolution=32, seed=77)
     first = moments_of(model, hashes, pictures, config)
     again = moments_of(model, hashes, pictures, config)

@@ -12,8 +12,7 @@ from etherdiff.config import S2IConfig
 from etherdiff.control.pipeline import HintEncoder
 from etherdiff.tasks.s2i import tell_pairs
 from etherdiff.tasks.task import DenoisingLoss
-from etherdiff.train.batches import ImageSource, StepBatches
-from etherdiff.train.store import Moments
+from etherdiff.train.batches import ImageSource, Moments, StepBatches
 
 COUNT, SIDE, LATENT = 7, 8, 4
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from etherdiff.families.bases import find_base
-from etherdiff.families.sampling import sample
+from etherdiff.families.diffusion import sample
 from etherdiff.families.sd1 import load_base, make_pipeline
 from etherdiff.system.files import ASSETS
 from etherdiff.tiny.world import CLASSES, render_scene

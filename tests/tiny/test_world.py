@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_world.judge import name_colours
 
-from etherdiff.tiny.dreambooth import HELD_OUT, IMAGES, PROMPTS, subject_folder
 from etherdiff.tiny.scenery import light_under
 from etherdiff.tiny.things import (
     COLOURS,
@@ -21,7 +20,21 @@ from etherdiff.tiny.things import (
     sample_thing,
     thing_distance,
 )
-from etherdiff.tiny.world import CLASSES, GROUNDS, PALETTE, SIZE, SKIES, SPLITS, render_scene, render_subject, render_thing
+from etherdiff.tiny.world import (
+    CLASSES,
+    GROUNDS,
+    HELD_OUT,
+    IMAGES,
+    PALETTE,
+    PROMPTS,
+    SIZE,
+    SKIES,
+    SPLITS,
+    render_scene,
+    render_subject,
+    render_thing,
+    subject_folder,
+)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from etherdiff.system.files import cache_dir, write_text
-from etherdiff.train import store as module
-from etherdiff.train.store import stored_moments
+from etherdiff.train import batches as module
+from etherdiff.train.batches import stored_moments
 
 COUNT, SIDE = 9, 16
 

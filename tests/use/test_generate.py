@@ -9,7 +9,7 @@ from PIL import Image
 
 from etherdiff.config import DreamBoothConfig, GenerateOptions
 from etherdiff.control.signals.landmarks import Landmarks
-from etherdiff.families.sampling import sample
+from etherdiff.families.diffusion import sample
 from etherdiff.families.sd1 import make_pipeline
 from etherdiff.images.writing import read_png_settings
 from etherdiff.system.errors import RunError, UserError

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from etherdiff.control.preprocess import ANNOTATORS
-from etherdiff.control.signals.annotation import annotated_by
+from etherdiff.control.signals.annotation import ANNOTATORS, annotated_by
 from etherdiff.control.signals.canny import Canny
 from etherdiff.control.signals.landmarks import Landmarks
 from etherdiff.control.signals.segmentation import Segmentation

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from etherdiff.control.preprocess import STEP, annotate
+from etherdiff.control.signals.annotation import STEP, annotate
 from etherdiff.control.signals.signal import Signal, crop_box
 from etherdiff.images.reading import read_image, resize_and_crop
 from etherdiff.system.errors import UserError

@@ -8,10 +8,8 @@ import pytest
 from PIL import Image
 
 from etherdiff.config import SignalName
-from etherdiff.control import preprocess
-from etherdiff.control.preprocess import ANNOTATORS, annotate
-from etherdiff.control.signals import SIGNALS, recorded_signal
-from etherdiff.control.signals.annotation import annotated_by
+from etherdiff.control.signals import SIGNALS, annotation, recorded_signal
+from etherdiff.control.signals.annotation import ANNOTATORS, annotate, annotated_by
 from etherdiff.control.signals.canny import edges
 from etherdiff.images.reading import resize_and_crop
 from etherdiff.system.errors import UserError
@@ -71,7 +69,7 @@ def test_weights_that_cannot_be_had(monkeypatch, tmp_path):
         raise OSError("no route to the hub")
 
     monkeypatch.setattr(controlnet_aux.HEDdetector, "from_pretrained", fetch)
-    preprocess._annotator.cache_clear()
+    annotation._annotator.cache_clear()
     a_photo((64, 64)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"hed: the weights .* \(no route to the hub\).*give the control images as files"):
         SIGNALS["hed"].choose(None, 64).derive(tmp_path / "a.png", tmp_path / "control.png")

@@ -8,8 +8,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from etherdiff.adapters.magnitude import MagnitudeConfig
-from etherdiff.adapters.naive import NaiveConfig
+from etherdiff.adapters.baselines import MagnitudeConfig, NaiveConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already following adapters were merged")
 
