@@ -65,10 +65,12 @@ def write_single_file(
     text_encoder: PreTrainedModel,
     path: str | Path,
     dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write the three models as one `.safetensors` that WebUI, ComfyUI and diffusers' `from_single_file` load.
 
-    `dtype` casts every floating-point weight; None keeps them as they are. The file appears whole or not at all.
+    `dtype` casts every floating-point weight; None keeps them as they are. `metadata` goes into the file's header.
+    The file appears whole or not at all.
     Raises UserError if `path` has another suffix (loaders go by it) or the models do not fit the layout.
     """
     path = Path(path)
@@ -76,7 +78,7 @@ def write_single_file(
         raise UserError(f"A single-file checkpoint must be named *.safetensors, not {path.name}.")
     state = original_state_dict(unet, vae, text_encoder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors({key: _storable(value, dtype) for key, value in state.items()}, path)
+    save_tensors({key: _storable(value, dtype) for key, value in state.items()}, path, metadata)
 
 
 def original_state_dict(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: PreTrainedModel) -> StateDict:

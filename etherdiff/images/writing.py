@@ -17,14 +17,21 @@ from etherdiff.system.files import staged_file
 
 
 _SETTINGS_CHUNK = "etherdiff"
-_WEBUI_FIELDS = {"Steps": "steps", "Sampler": "sampler", "CFG scale": "guidance_scale", "Seed": "seed"}
+_WEBUI_SAMPLERS: dict[str, dict[str, Any]] = {
+    "DPM++ 2M": {"Schedule type": "SGM Uniform", "SGM noise multiplier": True},
+    "DDIM": {"Schedule type": "Automatic"},
+}
+"""Sampler -> the WebUI's settings whose timesteps and first noise are ours."""
+_WEBUI_SYNTAX = re.compile(r"[\\()\[\]]")
+"""What the WebUI reads as weights of words, unless Emphasis is None."""
 
 
 def save_png(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
     """Write a PNG with `settings` in it, whole or not at all.
 
     The text chunk "etherdiff" holds the settings as JSON; "parameters" holds what WebUI shows of a picture, from the
-    keys prompt, negative_prompt, steps, sampler, guidance_scale, seed and model, where given, and the image's size.
+    keys prompt, negative_prompt, adapters, adapter_scale, steps, sampler, guidance_scale, seed and model, where given,
+    and the image's size.
 
     Raises:
         TypeError, ValueError: the settings are not JSON (NaN included).
@@ -64,16 +71,37 @@ def is_whole(path: Path) -> bool:
 
 
 def _webui_parameters(settings: dict[str, Any], size: tuple[int, int]) -> str:
-    """The "parameters" text of AUTOMATIC1111's WebUI: prompt, negative prompt, one line of "Name: value" pairs."""
-    lines = [str(settings.get("prompt") or "")]
-    if settings.get("negative_prompt"):
-        lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    values = {name: settings[key] for name, key in _WEBUI_FIELDS.items() if settings.get(key) is not None}
-    values["Size"] = f"{size[0]}x{size[1]}"
-    if settings.get("model"):
-        values["Model"] = settings["model"]
-    lines.append(", ".join(f"{name}: {_webui_quoted(str(value))}" for name, value in values.items()))
+    """Return what AUTOMATIC1111's WebUI shows, and draws the same from: prompts, then a line of "Name: value" pairs.
+
+    Adapters stand in the prompt, as <lora:NAME:SCALE>, by the names that `etherdiff export` files have.
+    """
+    prompt, negative = str(settings.get("prompt") or ""), str(settings.get("negative_prompt") or "")
+    scale = settings.get("adapter_scale", 1)
+    adapters = [f"<lora:{_adapter_name(str(place))}:{scale:g}>" for place in settings.get("adapters") or ()]
+    lines = [" ".join(filter(None, [prompt, *adapters]))]
+    if negative:
+        lines.append(f"Negative prompt: {negative}")
+    sampler, has_noise = _WEBUI_SAMPLERS.get(settings.get("sampler", ""), {}), settings.get("seed") is not None
+    values = {
+        "Steps": settings.get("steps"),
+        "Sampler": settings.get("sampler"),
+        "Schedule type": sampler.get("Schedule type"),
+        "CFG scale": settings.get("guidance_scale"),
+        "Seed": settings.get("seed"),
+        "Size": f"{size[0]}x{size[1]}",
+        "Model": settings.get("model") or None,
+        "RNG": "CPU" if has_noise else None,  # noise is drawn there whatever the device
+        "SGM noise multiplier": sampler.get("SGM noise multiplier"),
+        "Emphasis": "None" if sampler and _WEBUI_SYNTAX.search(prompt + negative) else None,
+    }
+    lines.append(", ".join(f"{name}: {_webui_quoted(str(value))}" for name, value in values.items() if value is not None))
     return "\n".join(lines)
+
+
+def _adapter_name(place: str) -> str:
+    """Return the name of a LoRA file, or of the run whose folder holds an adapter."""
+    path = Path(place)
+    return path.stem if path.suffix == ".safetensors" else (path.parent.name if path.name == "adapter" else "") or path.name
 
 
 def _webui_quoted(value: str) -> str:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from etherdiff import __version__
 from etherdiff.adapters.io import (
     BASE,
     CONFIG,
@@ -22,16 +21,17 @@ from etherdiff.adapters.io import (
     refuse_inexact_lora,
 )
 from etherdiff.config import ExportOptions
-from etherdiff.families.sd1 import Base, StableDiffusion, encode_prompts, fingerprint, load_base, make_pipeline
+from etherdiff.families.sd1 import Base, StableDiffusion, encode_prompts, load_base, make_pipeline
+from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import save_tensors, staged_file, staged_folder
 from etherdiff.use.generate import run_source
+from etherdiff.use.metadata import file_metadata, network_metadata
 from etherdiff.use.proof import PROOF_PROMPT, TOLERANCE, predict, prove, refuse_existing, refuse_unfit_file, trained_on
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
 MIN_KOHYA_RANK = 2
 """stable-diffusion.cpp drops a matrix's trailing 1 and then finds no rank: a file of rank 1 does nothing there."""
-SD_VERSIONS = {768: "sd_v1", 1024: "sd_v2"}  # width of the text embeddings -> sd-scripts' name of the version
 
 
 def export_run(run: Path, options: ExportOptions) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def export_run(run: Path, options: ExportOptions) -> dict[str, Any]:
         raise UserError(
             f"no {options.format} file holds a control encoder: use etherdiff merge, or --format peft for the adapter alone"
         )
-    return export_adapter(source.base, source.adapters[0], options.output, options.format, options.scale)
+    return export_adapter(source.base, source.adapters[0], options.output, options.format, options.scale, source.run)
 
 
 def export_adapter(
@@ -54,12 +54,14 @@ def export_adapter(
     output: Path,
     format: Literal["lora", "kohya", "peft"],  # noqa: A002  the option's name
     scale: float = 1.0,
+    run: Run | None = None,
 ) -> dict[str, Any]:
     """Write an adapter as a LoRA file, or copy it as a PEFT folder.
 
     kohya: sd-scripts' key names, which every program reads. lora: diffusers' own names, which no other program reads.
     Both are float32 and exact on `base` alone, with `scale` inside; output is a folder, which gets the standard file
     name, or a path that ends in .safetensors. peft: the adapter's own folder; its scale is chosen where it is loaded.
+    run: whose adapter it is; the file then says how it was trained.
 
     Returns path, files and same_base (None: not recorded); for a LoRA also layers, rank (the largest of the updates;
     a kohya file is padded to MIN_KOHYA_RANK), max_abs_difference and relative_difference of one denoising pass.
@@ -81,7 +83,9 @@ def export_adapter(
     factors, reference = _factors_and_reference(base, saved, scale)
     tensors = {"lora": _diffusers_tensors, "kohya": _kohya_tensors}[format](factors)
     with staged_file(path, own_name=True) as staged:
-        save_tensors(tensors, staged, _metadata(base, factors, kohya=format == "kohya"))
+        title = output.stem if output.suffix == ".safetensors" else output.name
+        own = network_metadata(_kohya_rank(factors)) if format == "kohya" else _diffusers_metadata(factors)
+        save_tensors(tensors, staged, file_metadata(base, "lora", title, run) | own)
         pipeline: Any = make_pipeline(load_base(base))
         pipeline.load_lora_weights(str(staged))
         difference = prove(pipeline, reference, TOLERANCE[torch.float32], "the LoRA file")
@@ -150,18 +154,6 @@ def _kohya_rank(factors: Factors) -> int:
     return max(_largest_rank(factors), MIN_KOHYA_RANK)
 
 
-def _metadata(base: Base, factors: Factors, kohya: bool) -> dict[str, str]:
-    """The safetensors header's texts: where the file comes from, and what its format's readers look for."""
-    name = Path(base.name).name if base.local_path == Path(base.name).resolve() else base.name
-    common = {
-        "made_by": f"etherdiff {__version__}",
-        "base_model": name,
-        "base_fingerprint": json.dumps(fingerprint(base), sort_keys=True),
-        "note": "exact only on this base",
-    }
-    return common | (_kohya_metadata(base, name, _kohya_rank(factors)) if kohya else _diffusers_metadata(factors))
-
-
 def _diffusers_metadata(factors: Factors) -> dict[str, str]:
     """PEFT's LoRA configuration, spelled out: not every diffusers infers alpha = rank where ranks differ."""
     ranks = {layer: len(down) for layer, (down, _) in factors.items()}
@@ -176,19 +168,3 @@ def _diffusers_metadata(factors: Factors) -> dict[str, str]:
     }
     prefixed = {f"unet.{key}": value for key, value in config.items()}
     return {"lora_adapter_metadata": json.dumps(prefixed, sort_keys=True)}
-
-
-def _kohya_metadata(base: Base, base_name: str, rank: int) -> dict[str, str]:
-    """What sd-scripts, WebUI and ComfyUI's managers read; only what is true of a file that sd-scripts did not train."""
-    metadata = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(rank),
-        "ss_sd_model_name": base_name,
-    }
-    version = SD_VERSIONS.get(base.config("unet")["cross_attention_dim"])
-    if version is not None:
-        is_velocity = (base.prediction_type or base.config("scheduler").get("prediction_type")) == "v_prediction"
-        metadata["ss_base_model_version"] = f"{version}_v" if is_velocity and version == "sd_v2" else version
-        metadata["ss_v2"] = str(version == "sd_v2")
-    return metadata

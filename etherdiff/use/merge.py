@@ -20,10 +20,12 @@ from etherdiff.control.pipeline import HintEncoder, add_code
 from etherdiff.families.bases import find_base
 from etherdiff.families.sd1 import COMPONENTS, Base, encode_prompts, load_base, save_text_encoder, variant_of, weight_files
 from etherdiff.families.single_file import write_single_file
+from etherdiff.runs.run import Run
 from etherdiff.system.errors import UserError
 from etherdiff.system.files import save_tensors, staged_file, staged_folder
 from etherdiff.system.terminal import say
 from etherdiff.use.generate import Source, run_source
+from etherdiff.use.metadata import file_metadata
 from etherdiff.use.proof import PROOF_PROMPT, TOLERANCE, decode, predict, prove, refuse_existing, refuse_unfit_file, trained_on
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -43,7 +45,9 @@ def merge_run(run: Path | None, options: MergeOptions) -> dict[str, Any]:
         run_source(run, "everything") if run else Source(find_base(str(options.base), parts="everything"), [*options.adapter])
     )
     adapters, precision = [(path, options.scale) for path in source.adapters], PRECISIONS[options.dtype]
-    report = merge_to_folder(source.base, adapters, options.output, precision, options.single_file, source.hint_encoder)
+    report = merge_to_folder(
+        source.base, adapters, options.output, precision, options.single_file, source.hint_encoder, source.run
+    )
     return report | {"holds_code": source.hint_encoder is not None}
 
 
@@ -54,6 +58,7 @@ def merge_to_folder(
     dtype: torch.dtype = torch.float32,
     single_file: Path | None = None,
     hint_encoder: Path | None = None,
+    run: Run | None = None,
 ) -> dict[str, Any]:
     """Write a plain diffusers pipeline whose UNet has the adapters, each at its scale, folded in; prove it; report.
 
@@ -61,6 +66,7 @@ def merge_to_folder(
     in `dtype`. single_file: also one WebUI/ComfyUI checkpoint there. The work is done in float32; `dtype`, that or
     float16 or bfloat16, is what is written. hint_encoder: the folder of a controllable run's; the pipeline then is a
     StableDiffusionS2IPipeline that holds its own code, and opens with DiffusionPipeline and trust_remote_code=True.
+    run: whose result it is; the single file then says how it was trained.
 
     Returns max_abs_difference and relative_difference of one denoising pass (of the worse, if there are two outputs),
     files, the number of files written, left_out, optional components that the base names but does not have, and
@@ -86,7 +92,8 @@ def merge_to_folder(
     if single_file is not None:
         try:
             with staged_file(single_file, own_name=True) as file:
-                write_single_file(pipeline.unet, pipeline.vae, pipeline.text_encoder, file, dtype)
+                metadata = file_metadata(base, "checkpoint", single_file.stem, run)
+                write_single_file(pipeline.unet, pipeline.vae, pipeline.text_encoder, file, dtype, metadata)
                 pipeline = _read_single_file(file, output, pipeline)
                 differences.append(prove(pipeline, reference, TOLERANCE[dtype], "the single file", image))
         except BaseException:

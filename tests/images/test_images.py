@@ -717,9 +717,36 @@ def test_parameters_are_those_of_webui(tmp_path):
     with Image.open(tmp_path / "x.png") as image:
         assert image.info["parameters"] == (
             "a sks dog\nNegative prompt: blurry\n"
-            'Steps: 25, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 0, Size: 30x20, Model: "sd15, fine-tuned"'
+            "Steps: 25, Sampler: DPM++ 2M, Schedule type: SGM Uniform, CFG scale: 7.5, Seed: 0, Size: 30x20, "
+            'Model: "sd15, fine-tuned", RNG: CPU, SGM noise multiplier: True'
         )
         assert json.loads(image.info["etherdiff"]) == written
+
+
+@pytest.mark.parametrize(
+    ("adapters", "scale", "tags"),
+    [
+        (["runs/dog/adapter"], 1.0, " <lora:dog:1>"),
+        (["dog.v2.safetensors", "styles/ink"], 0.75, " <lora:dog.v2:0.75> <lora:ink:0.75>"),
+        (["adapter"], 0.5, " <lora:adapter:0.5>"),
+        ([], 1.0, ""),
+    ],
+)
+def test_parameters_name_adapters_and_their_scale_as_webui_does(tmp_path, adapters, scale, tags):
+    written = {
+        "prompt": "a (red) ball",
+        "adapters": adapters,
+        "adapter_scale": scale,
+        "sampler": "DDIM",
+        "steps": 50,
+        "seed": 3,
+    }
+    save_png(Image.fromarray(noise()), tmp_path / "x.png", written)
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.info["parameters"] == (
+            f"a (red) ball{tags}\n"
+            "Steps: 50, Sampler: DDIM, Schedule type: Automatic, Seed: 3, Size: 30x20, RNG: CPU, Emphasis: None"
+        )
 
 
 @pytest.mark.parametrize("impossible", [{"a": float("nan")}, {"a": {1, 2}}])

@@ -24,7 +24,6 @@ from etherdiff.adapters.io import load_adapter, read_adapter, save_adapter
 from etherdiff.adapters.methods import METHODS, MethodOptions, add_adapter, trainable_parameters
 from etherdiff.config import ExportOptions
 from etherdiff.families import bases, sd1
-from etherdiff.families.bases import shipped_config
 from etherdiff.system.errors import ProofError, UserError
 from etherdiff.use import export, merge
 from etherdiff.use.export import export_adapter
@@ -362,6 +361,7 @@ def test_kohya_files_have_sd_scripts_names_and_metadata(outputs):
         "ss_network_module": "networks.lora",
         "ss_network_dim": "4",
         "ss_network_alpha": "4",
+        "ss_output_name": "kohya",
         "ss_sd_model_name": "tiny",
     }
 
@@ -382,21 +382,6 @@ def test_a_kohya_file_has_no_matrix_whose_rank_is_lost_with_trailing_ones(method
 
 def test_the_file_that_opens_everywhere_is_the_default(tmp_path):
     assert ExportOptions(output=tmp_path).format == "kohya"
-
-
-@pytest.mark.parametrize(
-    ("name", "prediction_type", "version", "v2"),
-    [
-        ("sd15", None, "sd_v1", "False"),
-        ("sd21", "epsilon", "sd_v2", "True"),
-        ("sd21", "v_prediction", "sd_v2_v", "True"),
-    ],
-)
-def test_kohya_files_name_the_version_of_their_base(name, prediction_type, version, v2):
-    base = sd1.Base(name, shipped_config(name), prediction_type=prediction_type)
-    metadata = export._kohya_metadata(base, name, 4)
-    assert metadata["ss_base_model_version"] == version
-    assert metadata["ss_v2"] == v2
 
 
 def test_a_local_bases_path_is_not_published(base, adapters, tmp_path):
