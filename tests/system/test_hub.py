@@ -89,7 +89,9 @@ def test_no_hub_id(hub):
 
 def test_what_is_cached_is_found_without_the_hub(hub):
     assert find_cached("org/name") == hub.folder
-    assert hub.asked == ("org/name", {"local_files_only": True})
+    assert hub.asked == ("org/name", {"repo_type": "model", "local_files_only": True})
+    find_cached("org/name", "dataset")
+    assert hub.asked == ("org/name", {"repo_type": "dataset", "local_files_only": True})
     hub.error = errors.LocalEntryNotFoundError("nothing")
     assert find_cached("org/name") is None
 
