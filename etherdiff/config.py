@@ -426,7 +426,7 @@ class MergeOptions(Options):
     """Options of writing a run as a pipeline."""
 
     output: Path = Field(description="folder for the pipeline; must be empty or not exist")
-    base: str | None = Field(None, description="without a run: sd15, sd21, tiny, hub id, folder or .safetensors")
+    base: PathOrName | None = Field(None, description="without a run: sd15, sd21, tiny, hub id, folder or .safetensors")
     adapter: tuple[Path, ...] = Field(
         (), description="adapter folder or LoRA file (kohya, diffusers) for --base; repeat to add several"
     )
