@@ -28,9 +28,13 @@ from etherdiff.system.text import program
 def refuse_other_base(run: Run, base: Base, hashes: Mapping[str, str] | None = None) -> None:
     """Raise UserError where a base holds other weights than the run was trained on. `hashes`: its known fingerprint."""
     now = fingerprint(base) if hashes is None else hashes
-    recorded = run.provenance.base.fingerprint
-    if changed := sorted(name for name in recorded if recorded[name] != now.get(name)):
+    if changed := _changed_parts(run, now):
         raise UserError(f"{run.path} was trained on other weights than {base.name} holds now: {', '.join(changed)}")
+
+
+def _changed_parts(run: Run, hashes: Mapping[str, str]) -> list[str]:
+    """List the parts of the base whose weights are not those that the run recorded."""
+    return sorted(part for part, sha256 in run.provenance.base.fingerprint.items() if hashes.get(part) != sha256)
 
 
 def find_local_base(run: Run) -> Base:
@@ -40,8 +44,7 @@ def find_local_base(run: Run) -> Base:
     if not is_there and run.config.base != "tiny" and not Path(run.config.base).exists():
         raise UserError("its base is no longer where the run found it")
     base = find_base(str(place) if is_there else run.config.base, run.config.prediction_type)
-    recorded, now = run.provenance.base.fingerprint, fingerprint(base)
-    if any(now.get(part) != sha256 for part, sha256 in recorded.items()):
+    if _changed_parts(run, fingerprint(base)):
         raise UserError("its base holds other weights now")
     return base
 
